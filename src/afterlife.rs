@@ -1,0 +1,138 @@
+//! Follows connections after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, until the kernel has let go.
+//!
+//! No descriptor is left to ask, so the kernel's socket table is: by cookie while few are due, by one filtered dump
+//! when many are. The kernel's destroy events say when an orphan moves on; they are listened to only while there are
+//! orphans to hear of. Runs on a thread of its own, which sleeps while nobody is followed. Must not know: how a
+//! connection came to be closed.
+
+mod follower;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+
+use crate::journal::Journal;
+use crate::kernel::{Table, clock};
+use crate::log::OnceAMinute;
+use crate::scope::Scope;
+use crate::tcp::{Cause, Identity, Known, Lifecycle};
+use follower::Follower;
+
+/// Closes that come within this time share a wake-up.
+const GATHER: Duration = Duration::from_millis(2);
+
+/// A connection whose descriptor has just been closed, and what its owner last knew of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Departed {
+    /// Which connection.
+    pub id: Identity,
+    /// Its life so far.
+    pub life: Lifecycle,
+    /// When the descriptor was first seen to read CLOSE although the connection ended well: since then it is in
+    /// TIME_WAIT, or gone. With it what was known then.
+    pub left: Option<(Duration, Known)>,
+    /// What is known of the time since the last observation.
+    pub known: Known,
+    /// What TCP_INFO's `bytes_acked` reads once the peer has acknowledged everything, our FIN included.
+    pub all_acked: u64,
+    /// What it means if the kernel has it no more.
+    pub cause_if_gone: Option<Cause>,
+}
+
+/// A handle to the follower: cheap to clone.
+#[derive(Clone)]
+pub struct Afterlife {
+    shared: Arc<Shared>,
+    queue: mpsc::Sender<Departed>,
+}
+
+struct Shared {
+    journal: Arc<Journal>,
+    following: AtomicUsize,
+    /// Of those, how many have not been looked at once.
+    unseen: AtomicUsize,
+    limit: usize,
+    none_left: Notify,
+    warned: OnceAMinute,
+}
+
+impl Afterlife {
+    /// Starts the follower's thread.
+    ///
+    /// # Errors
+    /// When the thread cannot be started, or its event loop cannot be made.
+    pub fn start(journal: Arc<Journal>, scope: &Scope, table: Table, limit: usize) -> io::Result<Afterlife> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let (queue, inbox) = mpsc::channel(limit.max(1));
+        let shared = Arc::new(Shared {
+            journal,
+            following: AtomicUsize::new(0),
+            unseen: AtomicUsize::new(0),
+            limit,
+            none_left: Notify::new(),
+            warned: OnceAMinute::default(),
+        });
+        let follower = Follower::new(Arc::clone(&shared), scope, table);
+        std::thread::Builder::new().name("afterlife".into()).spawn(move || runtime.block_on(follower.run(inbox)))?;
+        Ok(Afterlife { shared, queue })
+    }
+
+    /// Follows a connection to its end; when too many are followed already it is given up and counted.
+    pub fn follow(&self, departed: Departed) {
+        let shared = &self.shared;
+        let before = shared.following.fetch_add(1, Ordering::AcqRel);
+        shared.unseen.fetch_add(1, Ordering::AcqRel);
+        if before < shared.limit && self.queue.try_send(departed).is_ok() {
+            shared.journal.metrics().following.inc();
+            return;
+        }
+        shared.unseen.fetch_sub(1, Ordering::AcqRel);
+        shared.journal.metrics().follow_dropped.inc();
+        shared.journal.lose(&departed.id);
+        if let Some(times) = shared.warned.due(clock::monotonic()) {
+            tracing::warn!(limit = shared.limit, times, "follow limit reached: connections not followed to their end");
+        }
+        shared.one_less();
+    }
+
+    /// The journal that observations go to.
+    #[must_use]
+    pub fn journal(&self) -> &Journal {
+        &self.shared.journal
+    }
+
+    /// How many are being followed.
+    #[must_use]
+    pub fn following(&self) -> usize {
+        self.shared.following.load(Ordering::Acquire)
+    }
+
+    /// Waits until every connection that was closed has been looked at: what is known of them is then told.
+    pub async fn all_seen(&self) {
+        while self.shared.unseen.load(Ordering::Acquire) > 0 {
+            tokio::time::sleep(GATHER).await;
+        }
+    }
+
+    /// Waits until the kernel has let go of every connection that was closed.
+    pub async fn none_left(&self) {
+        loop {
+            let notified = self.shared.none_left.notified();
+            if self.following() == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+impl Shared {
+    fn one_less(&self) {
+        if self.following.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.none_left.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! The kernel's sockets counted by (role, port, state): one reading at a time, shared by whoever asks within half a
+//! second.
+//!
+//! Must not know: HTTP, or how the numbers are printed.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::journal::Journal;
+use crate::kernel::{Observer, Row, Table, TableError, Wanted, clock, ports};
+use crate::log::OnceAMinute;
+use crate::metrics::{ObserverMetrics, TableGauges};
+use crate::scope::Scope;
+use crate::tcp::{Role, State, StateSet};
+
+/// How long a reading serves everyone who asks.
+pub const FRESH: Duration = Duration::from_millis(500);
+
+/// TCP_TIMEWAIT_LEN (include/net/tcp.h): what TIME_WAIT's timer starts from.
+const TIME_WAIT: Duration = Duration::from_secs(60);
+
+/// Label slots: kernel state numbers run from 1 to 12.
+const STATES: usize = 13;
+
+/// A listener's accept queue, over all its sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AcceptQueue {
+    /// Connections that wait for accept(2).
+    pub length: u32,
+    /// How many may; `None` when the observer cannot tell.
+    pub limit: Option<u32>,
+}
+
+/// One service's sockets.
+#[derive(Clone, Debug)]
+pub struct ServiceReading {
+    /// Which end of its connections this is.
+    pub role: Role,
+    /// The service's port.
+    pub port: u16,
+    /// Of its listeners, if it has any.
+    pub accept_queue: Option<AcceptQueue>,
+    counts: [u64; STATES],
+    oldest: [Duration; STATES],
+}
+
+impl ServiceReading {
+    /// How many sockets are in `state`.
+    #[must_use]
+    pub fn count(&self, state: State) -> u64 {
+        self.counts[state as usize]
+    }
+
+    /// The age of the oldest one whose age is known; zero when there is none.
+    #[must_use]
+    pub fn oldest(&self, state: State) -> Duration {
+        self.oldest[state as usize]
+    }
+}
+
+/// Local ports in use towards one target.
+#[derive(Clone, Debug)]
+pub struct TargetReading {
+    /// `HOST:PORT` as given.
+    pub name: String,
+    /// The most sockets between any one local address and any one of the target's addresses.
+    pub ports_used: u32,
+}
+
+/// The table at one moment.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    /// Each service of the scope.
+    pub services: Vec<ServiceReading>,
+    /// Each target of the scope.
+    pub targets: Vec<TargetReading>,
+    /// How many local ports one pair of addresses has; `None` when that cannot be read.
+    pub ports_limit: Option<u32>,
+    /// How the table was read.
+    pub observer: Observer,
+    /// How long that took.
+    pub took: Duration,
+}
+
+impl Reading {
+    /// Puts the numbers where a scrape finds them.
+    pub fn show(&self, gauges: &TableGauges) {
+        for service in &self.services {
+            let (role, port) = (service.role.label(), service.port.to_string());
+            for state in State::ALL {
+                let labels = &[role, &port, state.label()];
+                gauges.sockets.with_label_values(labels).set(service.count(state).cast_signed());
+                gauges.oldest.with_label_values(labels).set(service.oldest(state).as_secs_f64());
+            }
+            if let Some(queue) = service.accept_queue {
+                gauges.queue_length.with_label_values(&[&port]).set(queue.length.into());
+                if let Some(limit) = queue.limit {
+                    gauges.queue_limit.with_label_values(&[&port]).set(limit.into());
+                }
+            }
+        }
+        for target in &self.targets {
+            gauges.ports_used.with_label_values(&[&target.name]).set(target.ports_used.into());
+            if let Some(limit) = self.ports_limit {
+                gauges.ports_limit.with_label_values(&[&target.name]).set(limit.into());
+            }
+        }
+    }
+}
+
+/// Reads the table on demand.
+pub struct Census {
+    scope: Arc<Scope>,
+    journal: Arc<Journal>,
+    table: Mutex<Table>,
+    every: Wanted,
+    /// The last reading, or that it failed, and when.
+    cached: tokio::sync::Mutex<Option<(Instant, Option<Arc<Reading>>)>>,
+    metrics: ObserverMetrics,
+    warned: OnceAMinute,
+}
+
+impl Census {
+    /// A census of `scope` by `table`; ages come from the journal's ledger.
+    #[must_use]
+    pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table) -> Census {
+        let metrics = journal.metrics().observer(table.observer(), "census");
+        let every = scope.wanted(StateSet::of(&State::ALL));
+        Census {
+            scope,
+            journal,
+            table: Mutex::new(table),
+            every,
+            cached: tokio::sync::Mutex::default(),
+            metrics,
+            warned: OnceAMinute::default(),
+        }
+    }
+
+    /// The table as of at most [`FRESH`] ago; `None` when it cannot be read, which is counted and logged.
+    ///
+    /// The reading blocks on a thread of its own; whoever asks meanwhile waits for the same one. It goes on and is kept
+    /// even when whoever asked has gone away: nobody can make us read more often by asking and leaving.
+    pub async fn read(self: &Arc<Census>) -> Option<Arc<Reading>> {
+        let census = Arc::clone(self);
+        tokio::spawn(async move { census.read_or_wait().await }).await.ok().flatten()
+    }
+
+    async fn read_or_wait(self: Arc<Census>) -> Option<Arc<Reading>> {
+        let mut cached = self.cached.lock().await;
+        if let Some((at, reading)) = &*cached
+            && at.elapsed() < FRESH
+        {
+            return reading.clone();
+        }
+        let census = Arc::clone(&self);
+        let reading = match tokio::task::spawn_blocking(move || census.read_now()).await {
+            Ok(Ok(reading)) => Some(Arc::new(reading)),
+            Ok(Err(error)) => {
+                self.metrics.errors.inc();
+                if let Some(times) = self.warned.due(clock::monotonic()) {
+                    tracing::warn!(%error, times, "cannot read the kernel's socket table");
+                }
+                None
+            }
+            Err(_shutting_down) => None,
+        };
+        *cached = Some((Instant::now(), reading.clone()));
+        reading
+    }
+
+    /// Whether a connection to one of `ports` is between SYN and accept-queue.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn handshakes_in_progress(&self, ports: &[u16]) -> Result<bool, TableError> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut any = false;
+        let wanted = Wanted::new(StateSet::of(&[State::SynRecv]), ports, &[]);
+        table.each(&wanted, |row| any |= ports.contains(&row.flow.local.port()))?;
+        Ok(any)
+    }
+
+    fn read_now(&self) -> Result<Reading, TableError> {
+        let began = Instant::now();
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = Count::new(&self.scope);
+        if table.each(&self.every, |row| count.add(row))? {
+            // The kernel says that rows may be missing or double: once more, and then take it as it is.
+            self.metrics.interrupted.inc();
+            count = Count::new(&self.scope);
+            table.each(&self.every, |row| count.add(row))?;
+        }
+        let observer = table.observer();
+        drop(table);
+        let oldest = self.journal.ledger().oldest(clock::monotonic());
+        let took = began.elapsed();
+        self.metrics.duration.observe(took.as_secs_f64());
+        Ok(count.finish(&oldest, observer, took))
+    }
+}
+
+/// A reading in the making: constant memory, however many sockets pass.
+struct Count<'a> {
+    scope: &'a Scope,
+    services: Vec<ServiceReading>,
+    targets: HashMap<SocketAddr, Vec<usize>>,
+    pairs: HashMap<(IpAddr, SocketAddr), u32>,
+}
+
+impl Count<'_> {
+    fn new(scope: &Scope) -> Count<'_> {
+        let service = |&(role, port): &(Role, u16)| ServiceReading {
+            role,
+            port,
+            accept_queue: None,
+            counts: [0; STATES],
+            oldest: [Duration::ZERO; STATES],
+        };
+        let mut targets: HashMap<SocketAddr, Vec<usize>> = HashMap::new();
+        for (i, target) in scope.targets().iter().enumerate() {
+            for address in target.addresses() {
+                targets.entry(address).or_default().push(i);
+            }
+        }
+        Count { scope, services: scope.services().iter().map(service).collect(), targets, pairs: HashMap::new() }
+    }
+
+    fn add(&mut self, row: &Row) {
+        let Some(service) = self.scope.service_of(&row.flow).map(|i| &mut self.services[i]) else { return };
+        let state = row.state as usize;
+        service.counts[state] += 1;
+        match row.state {
+            State::Listen => {
+                let queue = service.accept_queue.get_or_insert_default();
+                queue.length += row.receive_queue;
+                if let Some(limit) = row.send_queue {
+                    *queue.limit.get_or_insert(0) += limit;
+                }
+            }
+            State::TimeWait => {
+                let age = TIME_WAIT.saturating_sub(row.expires);
+                service.oldest[state] = service.oldest[state].max(age);
+            }
+            _ => {}
+        }
+        if service.role == Role::Client {
+            let flow = row.flow.canonical();
+            if self.targets.contains_key(&flow.peer) {
+                *self.pairs.entry((flow.local.ip(), flow.peer)).or_default() += 1;
+            }
+        }
+    }
+
+    fn finish(mut self, oldest: &HashMap<(Role, u16, State), Duration>, observer: Observer, took: Duration) -> Reading {
+        for service in &mut self.services {
+            for state in State::ALL {
+                // The ledger's ages are of own connections; where the table shows none in that state, they have moved
+                // on.
+                if let (Some(age), true) = (oldest.get(&(service.role, service.port, state)), service.count(state) > 0)
+                {
+                    let known = &mut service.oldest[state as usize];
+                    *known = (*known).max(*age);
+                }
+            }
+        }
+        let mut used = vec![0; self.scope.targets().len()];
+        for ((_, peer), count) in &self.pairs {
+            for target in self.targets.get(peer).into_iter().flatten() {
+                used[*target] = used[*target].max(*count);
+            }
+        }
+        let targets = self.scope.targets().iter().zip(used);
+        Reading {
+            services: self.services,
+            targets: targets.map(|(t, ports_used)| TargetReading { name: t.name.clone(), ports_used }).collect(),
+            ports_limit: ports::local_port_limit().ok(),
+            observer,
+            took,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scope::Target;
+    use crate::tcp::Flow;
+
+    fn row(state: State, local: &str, peer: &str) -> Row {
+        Row {
+            state,
+            flow: Flow { local: local.parse().unwrap(), peer: peer.parse().unwrap() },
+            cookie: Some(1),
+            timer: 0,
+            expires: Duration::from_secs(20),
+            receive_queue: 3,
+            send_queue: Some(128),
+        }
+    }
+
+    fn reading(scope: &Scope, rows: &[Row]) -> Reading {
+        let mut count = Count::new(scope);
+        for row in rows {
+            count.add(row);
+        }
+        let ledger = HashMap::from([((Role::Server, 7007, State::CloseWait), Duration::from_secs(5))]);
+        count.finish(&ledger, Observer::SockDiag, Duration::ZERO)
+    }
+
+    #[test]
+    fn over_loopback_each_end_counts_once_under_its_role() {
+        let target = Arc::new(Target::new("localhost:7007".into(), 7007));
+        target.resolved(&["127.0.0.1:7007".parse().unwrap()]);
+        let scope = Scope::new(&[7007], vec![target]);
+        let rows = [
+            row(State::Listen, "[::]:7007", "[::]:0"),
+            row(State::Listen, "127.0.0.1:7007", "0.0.0.0:0"),
+            row(State::CloseWait, "[::ffff:127.0.0.1]:7007", "[::ffff:127.0.0.1]:40000"),
+            row(State::FinWait2, "127.0.0.1:40000", "127.0.0.1:7007"),
+            row(State::TimeWait, "127.0.0.1:40001", "127.0.0.1:7007"),
+            row(State::TimeWait, "127.0.0.9:40001", "127.0.0.1:7007"),
+            row(State::Established, "127.0.0.1:22", "127.0.0.1:5000"),
+        ];
+        let reading = reading(&scope, &rows);
+        let [server, client] = &reading.services[..] else { panic!("two services") };
+        assert_eq!((server.count(State::Listen), server.count(State::CloseWait)), (2, 1));
+        assert_eq!((client.count(State::FinWait2), client.count(State::TimeWait)), (1, 2));
+        assert_eq!(server.accept_queue, Some(AcceptQueue { length: 6, limit: Some(256) }));
+        assert_eq!(server.oldest(State::CloseWait), Duration::from_secs(5), "from the ledger");
+        assert_eq!(client.oldest(State::TimeWait), Duration::from_secs(40), "from the timer");
+        assert_eq!(reading.targets[0].ports_used, 2, "the fullest pair of addresses");
+        let total: u64 = reading.services.iter().flat_map(|s| State::ALL.map(|state| s.count(state))).sum();
+        assert_eq!(total, 6, "the stranger is not counted");
+    }
+}

@@ -1,0 +1,388 @@
+//! What was typed, and what it means: clap types in, plain role configurations out. Nobody else reads argv or the
+//! environment.
+
+mod args;
+mod values;
+
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use clap::{CommandFactory, FromArgMatches, error::ErrorKind};
+use tracing::Level;
+
+use crate::kernel::Observer;
+use crate::log::{Format, LogConfig};
+use crate::shutdown::DrainConfig;
+use args::{Cli, ClientArgs, Command, LoadArgs, LogFormat, PairArgs, ServeArgs};
+pub use args::{CloseMode, Output, RuntimeShape};
+pub use values::TargetName;
+
+/// Everything that one run needs to know.
+#[derive(Debug)]
+pub struct Config {
+    /// What to do.
+    pub mode: Mode,
+    /// How to log.
+    pub log: LogConfig,
+    /// What all roles share.
+    pub common: Common,
+}
+
+/// What all roles share.
+#[derive(Clone, Copy, Debug)]
+pub struct Common {
+    /// Where to serve metrics; `None`: nowhere.
+    pub web: Option<SocketAddr>,
+    /// How to read the socket table; `None`: the best permitted.
+    pub observer: Option<Observer>,
+    /// How many closed connections to follow at most.
+    pub follow_limit: usize,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub enum Mode {
+    /// A server, a client, or both.
+    Run(Box<Roles>),
+    /// Ask a running one whether it is ready.
+    Health {
+        /// Where to ask.
+        url: String,
+    },
+}
+
+/// The roles of this process.
+#[derive(Debug)]
+pub struct Roles {
+    /// The echo service, if any.
+    pub server: Option<ServerConfig>,
+    /// The client, if any.
+    pub client: Option<ClientConfig>,
+    /// How the end is timed.
+    pub drain: DrainConfig,
+}
+
+/// The echo service.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Whether that is the default, which gives way to IPv4 where there is no IPv6.
+    pub listen_is_default: bool,
+    /// Connections served at once; more wait in the backlog. `None`: what the descriptor limit allows.
+    pub max_connections: Option<usize>,
+    /// How long a silent peer is kept.
+    pub idle_timeout: Option<Duration>,
+    /// How many connections may wait for accept(2), for each listening socket.
+    pub backlog: u32,
+    /// How long to stay in CLOSE_WAIT before our own FIN.
+    pub close_delay: Duration,
+    /// One shared runtime, or one for each worker.
+    pub shape: RuntimeShape,
+    /// How many workers.
+    pub workers: usize,
+}
+
+/// The client.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// Where to connect. Empty for the pair, which connects to itself.
+    pub targets: Vec<TargetName>,
+    /// How many connections at once.
+    pub connections: usize,
+    /// Opens a second; `None`: as many as go.
+    pub rate: Option<f64>,
+    /// Echoes on each connection.
+    pub messages: u64,
+    /// Payload bytes of each.
+    pub message_size: RangeInclusive<usize>,
+    /// Pause between echoes.
+    pub think_time: Duration,
+    /// How long to stay open after the last echo.
+    pub hold: Duration,
+    /// Opens in all.
+    pub count: Option<u64>,
+    /// How long to open.
+    pub duration: Option<Duration>,
+    /// How to close.
+    pub close: CloseMode,
+    /// For the handshake.
+    pub connect_timeout: Duration,
+    /// For each echo.
+    pub echo_timeout: Duration,
+    /// For the peer's FIN.
+    pub close_timeout: Duration,
+    /// How often a refused open is tried again.
+    pub retries: u32,
+    /// How long a resolved name is good.
+    pub resolve_interval: Duration,
+    /// Whether to wait, at the end, until the kernel has let go of every socket.
+    pub until_gone: bool,
+    /// How to print the summary.
+    pub output: Output,
+}
+
+impl Config {
+    /// How many threads the shared runtime needs: the server's workers, when they share it.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        let server = match &self.mode {
+            Mode::Run(roles) => roles.server.as_ref(),
+            Mode::Health { .. } => None,
+        };
+        server.filter(|server| server.shape == RuntimeShape::Shared).map_or(2, |server| server.workers)
+    }
+
+    /// Reads the command line and the environment.
+    ///
+    /// # Errors
+    /// What clap says: also for `--help` and `--version`. Its `exit()` prints it and ends with 2 for a mistake.
+    pub fn from_env() -> Result<Config, clap::Error> {
+        Config::parse(std::env::args_os())
+    }
+
+    fn parse(argv: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Config, clap::Error> {
+        let argv: Vec<_> = argv.into_iter().collect();
+        let matches = Cli::command().try_get_matches_from(&argv)?;
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        // `echoscope` alone is `echoscope pair`; parsed as such, so that the environment counts too.
+        let command = if let Some(command) = cli.command.take() {
+            command
+        } else {
+            let pair = argv.iter().cloned().chain(["pair".into()]);
+            let cli = Cli::from_arg_matches(&Cli::command().try_get_matches_from(pair)?)?;
+            cli.command.ok_or_else(|| mistake("no command"))?
+        };
+        let global = cli.global;
+        let stderr_is_terminal = std::io::stderr().is_terminal();
+        let format = match global.log_format {
+            LogFormat::Json => Format::Json,
+            LogFormat::Auto if !stderr_is_terminal => Format::Json,
+            LogFormat::Auto | LogFormat::Terminal => Format::Terminal {
+                // https://no-color.org: any non-empty value.
+                colour: stderr_is_terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
+            },
+        };
+        let web = global.web_listen_address.0;
+        Ok(Config {
+            mode: command.into_mode(web)?,
+            log: LogConfig { level: Level::from(global.log_level), format },
+            common: Common { web, observer: global.observer.into(), follow_limit: global.follow_limit },
+        })
+    }
+}
+
+impl Command {
+    fn into_mode(self, web: Option<SocketAddr>) -> Result<Mode, clap::Error> {
+        Ok(match self {
+            Command::Pair(args) => pair(args)?,
+            Command::Server(args) => {
+                let default = "[::]:7007";
+                let listen_is_default = args.listen.is_none();
+                let listen = args.listen.map_or_else(|| default.parse().map_err(|_| mistake(default)), Ok)?;
+                let idle = optional(args.serve.idle_timeout.map(Duration::from));
+                let server = server(&args.serve, listen, listen_is_default, idle, Duration::ZERO);
+                Mode::Run(Box::new(Roles { server: Some(server), client: None, drain: args.drain.into() }))
+            }
+            Command::Client(ClientArgs { targets, load, drain }) => {
+                let client = client(&load, targets)?;
+                Mode::Run(Box::new(Roles { server: None, client: Some(client), drain: drain.into() }))
+            }
+            Command::Health { url: Some(url) } => {
+                if !url.starts_with("http://") {
+                    return Err(mistake(&format!("invalid value '{url}' for '[URL]': only http:// is spoken here")));
+                }
+                Mode::Health { url }
+            }
+            Command::Health { url: None } => {
+                let Some(address) = web else {
+                    return Err(mistake("health needs a URL when --web.listen-address is none"));
+                };
+                Mode::Health { url: format!("http://{}/-/ready", reachable(address)) }
+            }
+        })
+    }
+}
+
+/// The address by which this host reaches a listener on `address`.
+#[must_use]
+pub fn reachable(address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        // A dual-stack listener answers IPv4 too, also where the host has no IPv6 loopback.
+        return SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, address.port()));
+    }
+    address
+}
+
+/// How long the pair's server stays in CLOSE_WAIT at a human pace: longer than a delayed ACK (40 ms), so that
+/// FIN_WAIT2 shows too.
+const VISIBLE_CLOSE_DELAY: Duration = Duration::from_millis(300);
+
+/// The idle timeout by which the pair's server closes first, when it is asked to and not told when.
+const SERVER_FIRST_IDLE: Duration = Duration::from_millis(500);
+
+fn pair(args: PairArgs) -> Result<Mode, clap::Error> {
+    let client = client(&args.load, Vec::new())?;
+    let listen = args.listen;
+    let server_first = client.close == CloseMode::ServerFirst;
+    let idle = match args.serve.idle_timeout.map(Duration::from) {
+        Some(Duration::ZERO) if server_first => {
+            return Err(mistake("'--close server-first' needs a server that closes: '--idle-timeout 0s' never does"));
+        }
+        None if server_first => Some(SERVER_FIRST_IDLE),
+        given => optional(given),
+    };
+    let visible = if client.count.is_none() { VISIBLE_CLOSE_DELAY } else { Duration::ZERO };
+    let server = server(&args.serve, listen, false, idle, visible);
+    Ok(Mode::Run(Box::new(Roles { server: Some(server), client: Some(client), drain: args.drain.into() })))
+}
+
+fn optional(duration: Option<Duration>) -> Option<Duration> {
+    duration.filter(|d| !d.is_zero())
+}
+
+fn server(
+    args: &ServeArgs,
+    listen: SocketAddr,
+    listen_is_default: bool,
+    idle_timeout: Option<Duration>,
+    close_delay: Duration,
+) -> ServerConfig {
+    // A single worker of the multi-thread runtime is unfair at many connections: two at least.
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let least = if args.runtime == RuntimeShape::Shared { 2 } else { 1 };
+    ServerConfig {
+        listen,
+        listen_is_default,
+        max_connections: Some(args.max_connections).filter(|n| *n > 0),
+        idle_timeout,
+        backlog: args.accept_backlog,
+        close_delay: args.close_delay.map_or(close_delay, Duration::from),
+        shape: args.runtime,
+        workers: args.workers.unwrap_or(cores).max(least),
+    }
+}
+
+/// Opens a second of each of `--connections` at a human pace, and the pause between two echoes.
+const HUMAN_RATE: f64 = 1.0;
+const HUMAN_THINK_TIME: Duration = Duration::from_millis(250);
+
+fn client(args: &LoadArgs, targets: Vec<TargetName>) -> Result<ClientConfig, clap::Error> {
+    // Without a number to reach, somebody watches: a human pace. With one, somebody waits.
+    let watched = args.count.is_none();
+    let human_rate = watched.then_some(HUMAN_RATE * args.connections as f64);
+    let mut sorted = targets.clone();
+    sorted.sort_unstable();
+    let before = sorted.len();
+    sorted.dedup();
+    if sorted.len() < before {
+        let given: Vec<String> = targets.iter().map(ToString::to_string).collect();
+        return Err(mistake(&format!("a target is given twice: '{}'", given.join(" "))));
+    }
+    Ok(ClientConfig {
+        targets,
+        connections: args.connections,
+        rate: args.rate.map_or(human_rate, |rate| rate.0),
+        messages: args.messages,
+        message_size: args.message_size.0.clone(),
+        think_time: args.think_time.map_or(if watched { HUMAN_THINK_TIME } else { Duration::ZERO }, Duration::from),
+        hold: args.hold.into(),
+        count: args.count,
+        duration: args.duration.map(Duration::from),
+        close: args.close,
+        connect_timeout: args.connect_timeout.into(),
+        echo_timeout: args.echo_timeout.into(),
+        close_timeout: args.close_timeout.into(),
+        retries: args.retries,
+        resolve_interval: args.resolve_interval.into(),
+        until_gone: args.until_gone,
+        output: args.output,
+    })
+}
+
+fn mistake(message: &str) -> clap::Error {
+    Cli::command().error(ErrorKind::ArgumentConflict, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Config, clap::Error> {
+        Config::parse(std::iter::once("echoscope").chain(line.split_whitespace()).map(Into::into))
+    }
+
+    fn roles(line: &str) -> Roles {
+        match parse(line).unwrap().mode {
+            Mode::Run(roles) => *roles,
+            Mode::Health { .. } => panic!("a role was expected"),
+        }
+    }
+
+    #[test]
+    fn alone_it_is_the_pair_at_a_human_pace() {
+        let alone = roles("");
+        let (server, client) = (alone.server.unwrap(), alone.client.unwrap());
+        assert_eq!(client.rate, Some(client.connections as f64));
+        assert!(server.close_delay > Duration::from_millis(40), "FIN_WAIT2 must show");
+        assert_eq!(server.listen.to_string(), "127.0.0.1:7007");
+    }
+
+    #[test]
+    fn with_a_count_it_goes_as_fast_as_it_can() {
+        let bounded = roles("pair --connections 8 --count 200 --duration 30s");
+        let (server, client) = (bounded.server.unwrap(), bounded.client.unwrap());
+        assert_eq!((client.rate, client.think_time, server.close_delay), (None, Duration::ZERO, Duration::ZERO));
+    }
+
+    #[test]
+    fn global_flags_work_on_both_sides_of_the_command() {
+        for line in ["--web.listen-address none server", "server --web.listen-address none"] {
+            assert_eq!(parse(line).unwrap().common.web, None, "{line}");
+        }
+    }
+
+    #[test]
+    fn mistakes_name_the_flag_and_the_value() {
+        for (line, named) in [
+            ("server --listen nowhere", "nowhere"),
+            ("server --bogus", "--bogus"),
+            ("client", "HOST:PORT"),
+            ("client localhost", "localhost"),
+            ("client localhost:0", "localhost:0"),
+            ("client a:1 a:1", "a:1"),
+            ("client a:1 --message-size 9..3", "9..3"),
+            ("client a:1 --message-size 0", "--message-size"),
+            ("client a:1 --rate -1", "--rate"),
+            ("client a:1 --rate 0", "--rate"),
+            ("client a:1 --count 0", "--count"),
+            ("client a:1 --connections 0", "--connections"),
+            ("client a:1 --duration soon", "soon"),
+            ("pair --close server-first --idle-timeout 0s", "--idle-timeout"),
+            ("--web.listen-address none health", "--web.listen-address"),
+            ("health ftp://x", "ftp://x"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains(named), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn health_asks_where_the_web_side_listens() {
+        let url = |line| match parse(line).unwrap().mode {
+            Mode::Health { url } => url,
+            Mode::Run(_) => panic!("health was expected"),
+        };
+        assert_eq!(url("health"), "http://127.0.0.1:9907/-/ready");
+        assert_eq!(url("--web.listen-address [::]:80 health"), "http://127.0.0.1:80/-/ready");
+        assert_eq!(url("health http://x/y"), "http://x/y");
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

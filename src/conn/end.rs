@@ -1,0 +1,96 @@
+//! How a connection ends: what a descriptor that reads CLOSE means, and what is left to others when it is closed.
+
+use std::io::Error;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use super::Conn;
+use crate::afterlife::Departed;
+use crate::kernel::{TcpInfo, clock, sockopt};
+use crate::ledger::Reason;
+use crate::tcp::{Cause, Known, State};
+
+impl Conn {
+    /// The descriptor reads CLOSE: the connection failed, or it ended well and may live on as TIME_WAIT, which no
+    /// descriptor shows.
+    pub(super) fn see_close(&mut self, info: &TcpInfo, mut known: Known) {
+        if self.error.is_none() {
+            self.error = sockopt::take_error(self.stream().as_fd()).ok().flatten();
+        }
+        let before = self.life.state();
+        if let Some(error) = &self.error {
+            let (cause, came_after_fin) = cause_of(error, before);
+            known.cause = cause;
+            // `tcp_reset` leaves EPIPE where the peer's FIN had come before, and ECONNRESET where not.
+            match came_after_fin {
+                Some(true) => known.through = known.through.with(State::CloseWait),
+                Some(false) if !self.fin_sent => known.never = known.never.with(State::CloseWait),
+                _ => {}
+            }
+            return self.record(info, State::Close, &known);
+        }
+        if matches!(before, State::CloseWait | State::LastAck) {
+            // `bytes_acked` counts our FIN: it was acknowledged, so the way led through LAST_ACK.
+            if self.fin_sent && info.bytes_acked >= self.all_acked() {
+                known.cause = Some(Cause::Ack);
+            }
+            return self.record(info, State::Close, &known);
+        }
+        if self.fin_sent {
+            (self.rtt, self.retransmits) = (info.rtt, info.retransmits);
+            let several_ways = matches!(before, State::Established | State::FinWait1) && known.segments != Some(1);
+            if several_ways && self.afterlife.journal().ledger().other_end_entered(self.id.flow, State::CloseWait) {
+                // Both ends are ours, and the other one had our FIN before it sent its own: its FIN acknowledged ours.
+                known.never = known.never.with(State::Closing);
+            }
+            self.left = Some((clock::monotonic(), known));
+            return;
+        }
+        self.record(info, State::Close, &known);
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        if !self.aborted {
+            // The follower begins where the descriptor ends.
+            self.look(Known::default());
+        }
+        let journal = self.afterlife.journal();
+        let metrics = journal.metrics().role(self.id.role);
+        if self.rtt > Duration::ZERO {
+            metrics.rtt.observe(self.rtt.as_secs_f64());
+        }
+        metrics.retransmits.inc_by(self.retransmits.into());
+        journal.close(&self.id, self.reason.unwrap_or(Reason::Cancelled));
+        let closed = clock::monotonic();
+        drop(self.stream.take());
+        if self.life.is_over() {
+            return;
+        }
+        let call = (!self.fin_sent && !self.aborted).then_some((Cause::Close, closed));
+        self.afterlife.follow(Departed {
+            id: self.id,
+            life: self.life,
+            left: self.left,
+            known: Known { call, ..Known::default() },
+            all_acked: self.all_acked(),
+            cause_if_gone: self.aborted.then_some(Cause::Abort),
+        });
+    }
+}
+
+/// What an error says of its cause, and whether it proves that the peer's FIN had (`true`) or had not (`false`) come
+/// before.
+fn cause_of(error: &Error, before: State) -> (Option<Cause>, Option<bool>) {
+    match error.raw_os_error() {
+        Some(libc::ECONNREFUSED) => (Some(Cause::Refused), Some(false)),
+        Some(libc::ECONNRESET) if before == State::SynSent => (Some(Cause::Refused), Some(false)),
+        Some(libc::ECONNRESET) => (Some(Cause::Reset), Some(false)),
+        Some(libc::EPIPE) => (Some(Cause::Reset), Some(true)),
+        Some(libc::ETIMEDOUT) => (Some(Cause::Timeout), None),
+        Some(libc::EHOSTUNREACH | libc::ENETUNREACH) => (Some(Cause::Unreachable), None),
+        Some(libc::ECONNABORTED) => (Some(Cause::Destroyed), None),
+        _ => (None, None),
+    }
+}

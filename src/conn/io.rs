@@ -1,0 +1,159 @@
+//! Reading and writing: as few system calls as a bare epoll loop makes, and the connection's edges noticed on the way.
+
+use std::io::{ErrorKind, Read, Result, Write};
+
+use socket2::SockRef;
+use tokio::io::Interest;
+
+use super::Conn;
+use crate::tcp::{Known, State, StateSet};
+
+impl Conn {
+    /// Waits until there may be something to read, the peer's FIN included, or our FIN was acknowledged.
+    ///
+    /// While our own FIN is under way, also notices its acknowledgement (FIN_WAIT1 → FIN_WAIT2), which shows as an
+    /// edge of writability.
+    ///
+    /// # Errors
+    /// When the runtime is shutting down.
+    pub async fn readable(&mut self) -> Result<()> {
+        if self.blind || self.error.is_some() {
+            return Ok(());
+        }
+        while matches!(self.life.state(), State::FinWait1) && self.fin_sent && self.left.is_none() {
+            let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+            if ready.is_writable() {
+                self.clear(Interest::WRITABLE);
+                self.look(Known::default());
+            }
+            self.note_edge(ready);
+            if ready.is_readable() || ready.is_read_closed() || self.life.state() != State::FinWait1 {
+                return Ok(());
+            }
+        }
+        let ready = self.stream().ready(Interest::READABLE).await?;
+        self.note_edge(ready);
+        Ok(())
+    }
+
+    /// Waits until there may be room to write. The peer's FIN is noticed meanwhile, although nobody reads.
+    ///
+    /// # Errors
+    /// When the runtime is shutting down.
+    pub async fn writable(&mut self) -> Result<()> {
+        loop {
+            if self.heard_end || self.error.is_some() {
+                self.stream().ready(Interest::WRITABLE).await?;
+                return Ok(());
+            }
+            // Unread data would wake us at once and for ever. Without that readiness only an edge does: more data, or
+            // the FIN.
+            self.clear(Interest::READABLE);
+            self.blind = true;
+            let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+            self.note_edge(ready);
+            if ready.is_writable() || ready.is_write_closed() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until there may be something to read or room to write.
+    ///
+    /// # Errors
+    /// When the runtime is shutting down.
+    pub async fn writable_or_readable(&mut self) -> Result<()> {
+        if self.blind || self.error.is_some() {
+            return Ok(());
+        }
+        let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+        self.note_edge(ready);
+        Ok(())
+    }
+
+    /// Reads what is there; 0 is the peer's FIN.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is nothing; what ended the connection otherwise, once.
+    pub fn try_read(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let mut read = 0;
+        let result = if self.blind {
+            let result = (&*SockRef::from(self.stream())).read(buffer).map(|n| read = n);
+            // A full buffer says nothing about what is left; anything else says that it was all.
+            self.blind = read == buffer.len() && !buffer.is_empty();
+            result
+        } else {
+            self.stream().try_io(Interest::READABLE, || {
+                read = (&*SockRef::from(self.stream())).read(buffer)?;
+                // A short read has emptied the queue: to say so here saves the read that would find out (epoll(7),
+                // EPOLLET).
+                if 0 < read && read < buffer.len() { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            })
+        };
+        match result {
+            _ if read > 0 => {
+                self.received += read as u64;
+                self.afterlife.journal().metrics().role(self.id.role).received.inc_by(read as u64);
+                Ok(read)
+            }
+            // The error was taken from the descriptor by an earlier look; here it is owed.
+            Ok(()) if self.error.is_some() => Err(self.fail(None)),
+            Ok(()) => {
+                self.note_end_of_stream();
+                Ok(0)
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                if self.error.is_some() {
+                    Err(self.fail(None))
+                } else {
+                    Err(ErrorKind::WouldBlock.into())
+                }
+            }
+            Err(e) => Err(self.fail(Some(e))),
+        }
+    }
+
+    /// Writes what fits.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing does; what ended the connection otherwise.
+    pub fn try_write(&mut self, bytes: &[u8]) -> Result<usize> {
+        match self.stream().try_io(Interest::WRITABLE, || (&*SockRef::from(self.stream())).write(bytes)) {
+            Ok(written) => {
+                self.sent += written as u64;
+                self.afterlife.journal().metrics().role(self.id.role).sent.inc_by(written as u64);
+                Ok(written)
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Err(ErrorKind::WouldBlock.into())
+            }
+            Err(e) => Err(self.fail(Some(e))),
+        }
+    }
+
+    /// An end of stream was read: the peer's FIN is in, whatever came after it.
+    fn note_end_of_stream(&mut self) {
+        self.heard_end = true;
+        let through = match self.life.state() {
+            State::Established if !self.fin_sent => StateSet::of(&[State::CloseWait]),
+            State::Established | State::FinWait1 | State::FinWait2 => StateSet::EMPTY,
+            _ => return,
+        };
+        self.look(Known { through, ..Known::default() });
+    }
+
+    /// Takes note of what ended the connection, and of where it went.
+    fn fail(&mut self, error: Option<std::io::Error>) -> std::io::Error {
+        // The first one counts: a later EPIPE only says that there was one.
+        self.error = self.error.take().or(error);
+        self.look(Known::default());
+        let told = self.error.as_ref().map_or(ErrorKind::NotConnected.into(), again);
+        self.because(crate::ledger::Reason::of(&told));
+        told
+    }
+}
+
+/// The same error once more: `io::Error` cannot be cloned.
+fn again(error: &std::io::Error) -> std::io::Error {
+    error.raw_os_error().map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error)
+}

@@ -1,0 +1,181 @@
+//! How a connection begins: accepted, or connected.
+
+use std::io::{Error, ErrorKind, Result};
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use super::Conn;
+use crate::afterlife::Afterlife;
+use crate::kernel::{TcpInfo, clock, sockopt};
+use crate::ledger::Reason;
+use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
+
+impl Conn {
+    /// A connection that accept(2) returned; `local` is its own address where the listener's says it.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say anything about the socket.
+    pub fn accepted(
+        stream: TcpStream,
+        peer: SocketAddr,
+        local: Option<SocketAddr>,
+        port: u16,
+        afterlife: Afterlife,
+    ) -> Result<Conn> {
+        let at = clock::monotonic();
+        let cookie = sockopt::cookie(stream.as_fd())?;
+        let local = match local {
+            Some(local) => local,
+            None => stream.local_addr()?,
+        };
+        // Without it a small answer waits for the ACK of the one before (RFC 896, tcp(7)); a reset connection refuses
+        // it, and that is told below.
+        let _ = stream.set_nodelay(true);
+        let id = Identity { cookie, role: Role::Server, port, flow: Flow { local, peer } };
+        let mut conn = Conn::new(stream, id, Lifecycle::accepted(at), afterlife, at);
+        conn.note_accept();
+        Ok(conn)
+    }
+
+    /// Opens a connection; `due` is when, at the latest, that began to count.
+    ///
+    /// # Errors
+    /// What connect(2) says. A failed attempt is narrated too, and counted with its reason.
+    pub async fn connect(address: SocketAddr, timeout: Duration, afterlife: Afterlife) -> Result<Conn> {
+        // Not TcpSocket::connect: between SYN and answer the descriptor must stay ours to look at.
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+        let cookie = sockopt::cookie(socket.as_fd())?;
+        socket.set_tcp_nodelay(true)?;
+        let began = clock::monotonic();
+        let connecting = socket.connect(&address.into());
+        let at = clock::monotonic();
+        let local = socket.local_addr().ok().and_then(|a| a.as_socket()).unwrap_or_else(|| unspecified(address));
+        let id = Identity { cookie, role: Role::Client, port: address.port(), flow: Flow { local, peer: address } };
+        let failed = match connecting {
+            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => None,
+            // No SYN was sent: no local port, no route, not permitted. The life never began, but the attempt counts.
+            Err(e) if no_syn(&e) => {
+                let journal = afterlife.journal();
+                journal.open(&id, State::Close, began);
+                journal.close(&id, Reason::of(&e));
+                journal.lose(&id);
+                return Err(e);
+            }
+            done => done.err(),
+        };
+        let stream = TcpStream::from_std(socket.into())?;
+        let mut conn = Conn::new(stream, id, Lifecycle::client(began), afterlife, began);
+        conn.error = failed;
+        conn.note_connect(began, at);
+        if matches!(conn.life.state(), State::Close | State::SynSent | State::SynRecv) && !conn.life.is_over() {
+            match tokio::time::timeout(timeout, conn.established()).await {
+                Ok(()) => {}
+                Err(_elapsed) => conn.give_up(),
+            }
+        }
+        let ended = || Error::from(ErrorKind::NotConnected);
+        match conn.error.take().or_else(|| conn.life.is_over().then(ended)) {
+            // A port of our own choosing that happens to be the target's: two SYNs crossed and we are connected to
+            // ourselves (RFC 9293 section 3.5, simultaneous open). Nobody listens there, and an echo would prove
+            // nothing.
+            None if conn.id.flow.local == conn.id.flow.peer => {
+                conn.abort(Reason::Refused);
+                Err(ErrorKind::ConnectionRefused.into())
+            }
+            None => Ok(conn),
+            Some(e) => {
+                conn.reason = Some(Reason::of(&e));
+                Err(e)
+            }
+        }
+    }
+
+    fn note_accept(&mut self) {
+        let known = Known { cause: Some(Cause::Accept), ..Known::default() };
+        match TcpInfo::of(self.stream().as_fd()) {
+            Ok(info) if info.state == State::Established => self.record(&info, State::Established, &known),
+            Ok(info) => {
+                // accept(2) returns connections that were established, whatever has become of them.
+                let at = clock::monotonic();
+                let transitions = self.life.observe_knowing(at, State::Established, Evidence::Inferred, &known);
+                self.afterlife.journal().record(&self.id, &transitions);
+                self.see(&info, Known::default());
+            }
+            Err(error) => tracing::debug!(%error, "TCP_INFO after accept"),
+        }
+    }
+
+    fn note_connect(&mut self, began: Duration, called: Duration) {
+        let known = Known { call: Some((Cause::Connect, began)), ..Known::default() };
+        let Ok(info) = TcpInfo::of(self.stream().as_fd()) else { return };
+        if info.state == State::Close {
+            // Refused within the call: the SYN was sent, or the call had failed otherwise.
+            let transitions = self.life.observe_knowing(called, State::SynSent, Evidence::Inferred, &known);
+            self.afterlife.journal().record(&self.id, &transitions);
+        }
+        self.see(&info, known);
+    }
+
+    /// Waits until the handshake is over, well or not.
+    async fn established(&mut self) {
+        loop {
+            let ready = self.stream().ready(Interest::WRITABLE).await;
+            self.look(Known::default());
+            match (self.life.state(), ready) {
+                (State::SynSent | State::SynRecv, Ok(_)) => self.clear(Interest::WRITABLE),
+                (State::SynSent | State::SynRecv, Err(e)) => return self.error = Some(e),
+                _ => return,
+            }
+        }
+    }
+
+    /// Takes the SYN back: shutdown(2) of both directions ends a handshake at once (`inet_shutdown`), and only a
+    /// handshake.
+    fn give_up(&mut self) {
+        let _ = SockRef::from(self.stream()).shutdown(Shutdown::Both);
+        match TcpInfo::of(self.stream().as_fd()) {
+            Ok(info) if info.state == State::Close => {
+                let never = StateSet::of(&[State::Established, State::SynRecv]);
+                let known = Known { never, cause: Some(Cause::Timeout), ..Known::default() };
+                self.record(&info, State::Close, &known);
+            }
+            // The answer came at this very moment: it is a connection now, and our FIN is out.
+            Ok(info) => {
+                self.fin_sent = true;
+                self.see(&info, Known::default());
+            }
+            Err(error) => tracing::debug!(%error, "TCP_INFO"),
+        }
+        self.error = Some(ErrorKind::TimedOut.into());
+    }
+}
+
+/// Whether connect(2) failed before it sent anything.
+fn no_syn(error: &Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EADDRNOTAVAIL
+                | libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::EACCES
+                | libc::EPERM
+                | libc::EINVAL
+                | libc::EAFNOSUPPORT
+                | libc::ENOBUFS
+                | libc::ENOMEM
+        )
+    )
+}
+
+fn unspecified(like: SocketAddr) -> SocketAddr {
+    match like {
+        SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
+        SocketAddr::V6(_) => SocketAddr::from(([0u16; 8], 0)),
+    }
+}

@@ -1,0 +1,23 @@
+//! What the Linux kernel tells about TCP sockets, as safe functions.
+//!
+//! The only floor that may say `unsafe`. Must not know: roles, metrics, what anybody does with the answers.
+
+pub mod clock;
+mod error;
+pub mod filter;
+pub mod limits;
+pub mod ports;
+mod procfs;
+mod row;
+mod sock_diag;
+pub mod sockopt;
+pub mod table;
+mod tcp_info;
+mod wire;
+
+pub use error::{LineError, TableError};
+pub use row::{Row, Wanted};
+pub use sock_diag::{DestroyEvents, Destroyed};
+pub use table::{Observer, Table};
+pub use tcp_info::TcpInfo;
+pub use wire::WireError;

@@ -1,0 +1,56 @@
+//! One socket of the table, and which of them a reading is about.
+
+use std::time::Duration;
+
+use crate::tcp::{Flow, State, StateSet};
+
+/// One socket as the table shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Its state; request sockets read SYN_RECV.
+    pub state: State,
+    /// Its addresses; a dual-stack listener's children carry IPv4-mapped ones.
+    pub flow: Flow,
+    /// SO_COOKIE; `None` where the way of reading does not tell it.
+    pub cookie: Option<u64>,
+    /// Which timer runs (`idiag_timer`): 3 is TIME_WAIT's.
+    pub timer: u8,
+    /// When that timer fires.
+    pub expires: Duration,
+    /// Bytes not yet read (a FIN counts one); for a listener, the length of its accept queue.
+    pub receive_queue: u32,
+    /// Bytes not yet acknowledged; for a listener, the limit of its accept queue, `None` where that is not told.
+    pub send_queue: Option<u32>,
+}
+
+/// Which sockets a reading is about: a set of states, and local or remote ports (none named: all).
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The states asked for.
+    pub(super) states: StateSet,
+    /// Sorted.
+    pub(super) local: Vec<u16>,
+    /// Sorted.
+    pub(super) remote: Vec<u16>,
+}
+
+impl Wanted {
+    /// Sockets in `states` whose local port is in `local` or whose remote port is in `remote`.
+    #[must_use]
+    pub fn new(states: StateSet, local: &[u16], remote: &[u16]) -> Wanted {
+        let sorted = |ports: &[u16]| {
+            let mut ports = ports.to_vec();
+            ports.sort_unstable();
+            ports
+        };
+        Wanted { states, local: sorted(local), remote: sorted(remote) }
+    }
+
+    /// Whether a socket with these addresses is meant.
+    pub(super) fn wants(&self, flow: &Flow) -> bool {
+        let everything = self.local.is_empty() && self.remote.is_empty();
+        everything
+            || self.local.binary_search(&flow.local.port()).is_ok()
+            || self.remote.binary_search(&flow.peer.port()).is_ok()
+    }
+}

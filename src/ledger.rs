@@ -1,0 +1,315 @@
+//! Who is alive, in which state and since when; and the last lives that ended.
+//!
+//! Written at transitions only, in shards, so that connections on different threads seldom meet. Must not know: where
+//! the facts come from.
+
+mod reason;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::tcp::{Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
+
+pub use reason::Reason;
+
+const SHARDS: usize = 16;
+
+/// How many ended lives are kept.
+pub const KEPT: usize = 1000;
+
+/// The states of one life in 8 bytes each: a life has few, but there are many lives.
+const STEPS: usize = 8;
+
+/// One life, as far as it is known.
+#[derive(Clone, Debug)]
+pub struct Life {
+    /// SO_COOKIE.
+    pub cookie: u64,
+    /// Which end.
+    pub role: Role,
+    /// The service's port.
+    pub port: u16,
+    /// Its addresses.
+    pub flow: Flow,
+    /// Where it is now.
+    pub state: State,
+    /// Since when, on the monotonic clock.
+    pub since: Duration,
+    /// When this process first had it, on the monotonic clock.
+    pub opened: Duration,
+    /// Why this process closed it, if it has.
+    pub reason: Option<Reason>,
+    /// Whether it was followed to its end.
+    pub followed: bool,
+    steps: [u64; STEPS],
+    taken: u8,
+}
+
+/// One step of a life, as kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// The state entered.
+    pub to: State,
+    /// When, on the monotonic clock, to the microsecond.
+    pub at: Duration,
+    /// Who saw it.
+    pub evidence: Evidence,
+    /// Why, if known.
+    pub cause: Option<Cause>,
+    /// Whether the way there is known.
+    pub step: Step,
+}
+
+impl Life {
+    fn new(id: &Identity, state: State, at: Duration) -> Life {
+        Life {
+            cookie: id.cookie,
+            role: id.role,
+            port: id.port,
+            flow: id.flow,
+            state,
+            since: at,
+            opened: at,
+            reason: None,
+            followed: true,
+            steps: [0; STEPS],
+            taken: 0,
+        }
+    }
+
+    fn take(&mut self, t: &Transition) {
+        self.state = t.to;
+        self.since = t.at;
+        if let Some(slot) = self.steps.get_mut(usize::from(self.taken)) {
+            *slot = pack(t);
+            self.taken += 1;
+        }
+    }
+
+    /// The steps taken, in order.
+    pub fn steps(&self) -> impl Iterator<Item = Taken> {
+        self.steps[..usize::from(self.taken)].iter().filter_map(|packed| unpack(*packed))
+    }
+}
+
+/// Microseconds in the upper 48 bits (nine years), then 4 bits of state, 3 of evidence, 6 of cause, 2 of certainty.
+fn pack(t: &Transition) -> u64 {
+    let micros = u64::try_from(t.at.as_micros()).unwrap_or(u64::MAX) << 16;
+    let cause = t.cause.map_or(0, |c| c as u64 + 1);
+    micros | (t.to as u64) << 12 | (t.evidence as u64) << 9 | cause << 3 | t.step as u64
+}
+
+fn unpack(packed: u64) -> Option<Taken> {
+    let field = |shift: u32, bits: u32| (packed >> shift) as usize & ((1 << bits) - 1);
+    Some(Taken {
+        to: State::from_kernel(field(12, 4) as u8)?,
+        at: Duration::from_micros(packed >> 16),
+        evidence: *Evidence::ALL.get(field(9, 3))?,
+        cause: field(3, 6).checked_sub(1).and_then(|i| Cause::ALL.get(i).copied()),
+        step: *Step::ALL.get(field(0, 3))?,
+    })
+}
+
+/// All lives of this process's connections.
+pub struct Ledger {
+    living: Vec<Mutex<HashMap<u64, Life>>>,
+    ended: Mutex<VecDeque<Life>>,
+    /// Whether a server's and a client's end were ever entered: only then can both ends of a connection be here.
+    roles: [AtomicBool; 2],
+}
+
+impl Default for Ledger {
+    fn default() -> Ledger {
+        Ledger {
+            living: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            ended: Mutex::new(VecDeque::with_capacity(KEPT)),
+            roles: [AtomicBool::new(false), AtomicBool::new(false)],
+        }
+    }
+}
+
+impl Ledger {
+    /// Enters a new life.
+    pub fn open(&self, id: &Identity, state: State, at: Duration) {
+        let role = &self.roles[id.role as usize];
+        if !role.load(Ordering::Relaxed) {
+            role.store(true, Ordering::Relaxed);
+        }
+        self.shard(id.cookie).insert(id.cookie, Life::new(id, state, at));
+    }
+
+    /// Notes a step; a step to CLOSED ends the life.
+    pub fn step(&self, id: &Identity, t: &Transition) {
+        let mut shard = self.shard(id.cookie);
+        let Some(life) = shard.get_mut(&id.cookie) else { return };
+        life.flow = id.flow;
+        life.take(t);
+        if t.to == State::Close
+            && let Some(life) = shard.remove(&id.cookie)
+        {
+            // Under the shard's lock: a life is never nowhere.
+            self.keep(life);
+        }
+    }
+
+    /// Notes why the descriptor was closed. The life may go on in the kernel.
+    pub fn close(&self, cookie: u64, reason: Reason) {
+        if let Some(life) = self.shard(cookie).get_mut(&cookie) {
+            life.reason = Some(reason);
+            return;
+        }
+        // Its end was seen on the descriptor, a moment ago: it is among the last that ended.
+        if let Some(life) = lock(&self.ended).iter_mut().rev().find(|life| life.cookie == cookie) {
+            life.reason = Some(reason);
+        }
+    }
+
+    /// Gives a life up: it goes on, but nobody follows it.
+    pub fn lose(&self, cookie: u64) {
+        let lost = self.shard(cookie).remove(&cookie);
+        if let Some(life) = lost {
+            self.keep(Life { followed: false, ..life });
+        }
+    }
+
+    /// The longest that any living connection has been in its state, by (role, port, state).
+    #[must_use]
+    pub fn oldest(&self, now: Duration) -> HashMap<(Role, u16, State), Duration> {
+        let mut oldest: HashMap<_, Duration> = HashMap::new();
+        for shard in &self.living {
+            for life in lock(shard).values() {
+                let age = now.saturating_sub(life.since);
+                let entry = oldest.entry((life.role, life.port, life.state)).or_default();
+                *entry = (*entry).max(age);
+            }
+        }
+        oldest
+    }
+
+    /// At most `limit` lives, the youngest first: those that go on and those that ended.
+    #[must_use]
+    pub fn recent(&self, limit: usize) -> Vec<Life> {
+        let mut lives: Vec<Life> = Vec::new();
+        for shard in &self.living {
+            lives.extend(lock(shard).values().cloned());
+            keep_youngest(&mut lives, limit);
+        }
+        lives.extend(lock(&self.ended).iter().cloned());
+        keep_youngest(&mut lives, limit);
+        lives
+    }
+
+    /// Whether the other end of `flow` is ours too, and was seen to enter `state`. Walks the ledger, the youngest
+    /// ends first: for rare questions.
+    #[must_use]
+    pub fn other_end_entered(&self, flow: Flow, state: State) -> bool {
+        if !self.roles.iter().all(|role| role.load(Ordering::Relaxed)) {
+            return false;
+        }
+        let flow = flow.canonical();
+        let other = Flow { local: flow.peer, peer: flow.local };
+        let did = |life: &Life| {
+            life.flow.canonical() == other
+                && life.steps().any(|s| s.to == state && s.evidence != Evidence::Inferred && s.step == Step::Arrow)
+        };
+        let ended = || lock(&self.ended).iter().rev().any(did);
+        // Lives move from the living to the ended, and may do so between the two looks.
+        ended() || self.living.iter().any(|shard| lock(shard).values().any(did)) || ended()
+    }
+
+    /// How many lives go on.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.living.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    /// Whether none does.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn keep(&self, life: Life) {
+        let mut ended = lock(&self.ended);
+        if ended.len() == KEPT {
+            ended.pop_front();
+        }
+        ended.push_back(life);
+    }
+
+    fn shard(&self, cookie: u64) -> MutexGuard<'_, HashMap<u64, Life>> {
+        lock(&self.living[cookie as usize % SHARDS])
+    }
+}
+
+fn keep_youngest(lives: &mut Vec<Life>, limit: usize) {
+    lives.sort_unstable_by_key(|life| std::cmp::Reverse((life.opened, life.cookie)));
+    lives.truncate(limit);
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tcp::Lifecycle;
+
+    fn id(cookie: u64) -> Identity {
+        let address = "127.0.0.1:7007".parse().unwrap();
+        Identity { cookie, role: Role::Client, port: 7007, flow: Flow { local: address, peer: address } }
+    }
+
+    #[test]
+    fn every_kind_of_step_survives_packing() {
+        for to in State::ALL {
+            for evidence in Evidence::ALL {
+                for cause in Cause::ALL.into_iter().map(Some).chain([None]) {
+                    for step in Step::ALL {
+                        let at = Duration::from_micros(86_400_000_123);
+                        let t = Transition { from: State::Close, to, at, after: None, evidence, cause, step };
+                        assert_eq!(unpack(pack(&t)), Some(Taken { to, at, evidence, cause, step }));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_life_is_living_until_closed_and_then_kept() {
+        let ledger = Ledger::default();
+        let mut life = Lifecycle::client(Duration::ZERO);
+        ledger.open(&id(1), life.state(), Duration::ZERO);
+        for (i, state) in [State::SynSent, State::Established].into_iter().enumerate() {
+            for t in life.observe(Duration::from_secs(i as u64 + 1), state, Evidence::TcpInfo).iter() {
+                ledger.step(&id(1), t);
+            }
+        }
+        let oldest = ledger.oldest(Duration::from_secs(10));
+        assert_eq!(oldest[&(Role::Client, 7007, State::Established)], Duration::from_secs(8));
+        for t in life.observe(Duration::from_secs(11), State::Close, Evidence::TcpInfo).iter() {
+            ledger.step(&id(1), t);
+        }
+        assert!(ledger.is_empty());
+        let kept = ledger.recent(10);
+        assert_eq!(
+            kept[0].steps().map(|s| s.to).collect::<Vec<_>>(),
+            [State::SynSent, State::Established, State::Close]
+        );
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_youngest_first() {
+        let ledger = Ledger::default();
+        for cookie in 0..KEPT as u64 + 10 {
+            ledger.open(&id(cookie), State::Close, Duration::from_secs(cookie));
+            ledger.lose(cookie);
+        }
+        let recent = ledger.recent(KEPT * 2);
+        assert_eq!((recent.len(), recent[0].cookie), (KEPT, KEPT as u64 + 9));
+        assert!(!recent[0].followed);
+    }
+}

@@ -1,0 +1,28 @@
+//! echoscope: parse, start the logs, run, exit code.
+
+use std::process::ExitCode;
+
+use echoscope::{app, config::Config, log, metrics};
+
+fn main() -> ExitCode {
+    let config = match Config::from_env() {
+        Ok(config) => config,
+        Err(error) => error.exit(),
+    };
+    let lost = metrics::log_lost_counter();
+    let log = match log::init(config.log, std::io::stderr(), lost.clone()) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("echoscope: start the log: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match app::start(config, &log, lost) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

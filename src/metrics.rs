@@ -1,0 +1,392 @@
+//! Every metric, made once against its own registry; label children are resolved once, not per event.
+//!
+//! Must not know: how any number is found.
+
+mod maker;
+mod transitions;
+
+use std::sync::{Mutex, PoisonError};
+
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+    TextEncoder,
+};
+
+use crate::kernel::Observer;
+use crate::ledger::Reason;
+use crate::scope::Scope;
+use crate::tcp::{Role, State, Transition};
+use maker::{Maker, opts};
+use transitions::Transitions;
+
+/// The value of `Content-Type` for [`Metrics::render`].
+pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
+
+/// Seconds, from a loopback handshake to a stuck one.
+const LATENCY: &[f64] = &[
+    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    30.0,
+];
+
+/// Seconds in a state: from a handshake's to TIME_WAIT's minute and a leak's days.
+const STAY: &[f64] =
+    &[0.0001, 0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 65.0, 120.0, 600.0, 3600.0, 86400.0, 604_800.0];
+
+/// The counters that one role's connections write to.
+pub struct RoleMetrics {
+    /// Connections opened.
+    pub opened: IntCounter,
+    /// Descriptors open now.
+    pub open: IntGauge,
+    /// Connections closed, by [`Reason`].
+    closed: Vec<IntCounter>,
+    /// Payload written.
+    pub sent: IntCounter,
+    /// Payload read.
+    pub received: IntCounter,
+    /// Smoothed round-trip time at the end of each connection.
+    pub rtt: Histogram,
+    /// Segments retransmitted.
+    pub retransmits: IntCounter,
+    stay: Vec<Histogram>,
+}
+
+impl RoleMetrics {
+    /// The counter of connections closed for `reason`.
+    #[must_use]
+    pub fn closed(&self, reason: Reason) -> &IntCounter {
+        &self.closed[reason as usize]
+    }
+}
+
+/// What the client measures of one target.
+pub struct TargetMetrics {
+    /// From when the open was due to ESTABLISHED.
+    pub connect: Histogram,
+    /// From the first byte written to the last byte back.
+    pub echo: Histogram,
+    /// From our FIN to the peer's.
+    pub close: Histogram,
+}
+
+/// Every metric of the process.
+pub struct Metrics {
+    registry: Registry,
+    roles: [RoleMetrics; 2],
+    targets: Vec<TargetMetrics>,
+    transitions: Transitions,
+    table: TableGauges,
+    /// Payload that came back different.
+    pub echo_mismatch: IntCounter,
+    /// Connections that were not followed because `--follow-limit` was reached.
+    pub follow_dropped: IntCounter,
+    /// Connections that are being followed after close(2).
+    pub following: IntGauge,
+    /// How long the last drain took, in seconds.
+    pub drain_duration: Gauge,
+    /// Connections reset at `--drain-timeout`.
+    pub drain_aborted: IntCounter,
+    accept_errors: IntCounterVec,
+    observer_duration: HistogramVec,
+    observer_errors: IntCounterVec,
+    lost_events: IntCounterVec,
+    /// One scrape at a time writes the gauges and reads them back.
+    scrape: Mutex<()>,
+}
+
+impl Metrics {
+    /// Makes and registers them all, with every label combination that can be known beforehand at zero.
+    ///
+    /// # Panics
+    /// When two metrics share a name: a mistake in this file.
+    #[must_use]
+    pub fn new(scope: &Scope, observer: Observer, log_lost: &IntCounter) -> Metrics {
+        let registry = Registry::new();
+        let make = Maker(&registry);
+        make.register(log_lost);
+        make.register_collector(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
+        let build = make.gauges("build_info", "What this binary is; always 1.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let info = make.gauges("observer_info", "How the kernel's socket table is read; always 1.", &["observer"]);
+        info.with_label_values(&[observer.label()]).set(1);
+
+        let opened = make.counters("connections_opened_total", "Connections opened by this process.", &["role"]);
+        let open = make.gauges(
+            "connections_open",
+            "Connections whose descriptor this process holds: its own ledger, to hold against echoscope_tcp_sockets.",
+            &["role"],
+        );
+        let closed = make.counters("connections_closed_total", "Connections closed, by why.", &["role", "reason"]);
+        let bytes = make.counters("bytes_total", "Payload bytes.", &["role", "direction"]);
+        let rtt = make.histograms(
+            "tcp_rtt_seconds",
+            "Smoothed round-trip time (TCP_INFO), one sample a connection, at its end.",
+            &["role"],
+            LATENCY,
+        );
+        let retransmits = make.counters("tcp_retransmits_total", "Segments retransmitted (TCP_INFO).", &["role"]);
+        let stay = make.histograms(
+            "tcp_state_duration_seconds",
+            "Time that a connection spent in a state, once it left it; only where both ends of the stay are known.",
+            &["role", "state"],
+            STAY,
+        );
+        let role = |role: Role| {
+            let label = role.label();
+            RoleMetrics {
+                opened: opened.with_label_values(&[label]),
+                open: open.with_label_values(&[label]),
+                closed: Reason::ALL.iter().map(|r| closed.with_label_values(&[label, r.label()])).collect(),
+                sent: bytes.with_label_values(&[label, "sent"]),
+                received: bytes.with_label_values(&[label, "received"]),
+                rtt: rtt.with_label_values(&[label]),
+                retransmits: retransmits.with_label_values(&[label]),
+                stay: State::ALL.iter().map(|s| stay.with_label_values(&[label, s.label()])).collect(),
+            }
+        };
+        let latency = |name, help| make.histograms(name, help, &["target"], LATENCY);
+        let connect =
+            latency("connect_duration_seconds", "From when the open was due to ESTABLISHED, late opens included.");
+        let echo = latency("echo_duration_seconds", "From the first byte of a message written to its last byte back.");
+        let close = latency("close_duration_seconds", "From our FIN (shutdown) to the end of the peer's stream.");
+        let lost_events = make.counters(
+            "observer_lost_events_total",
+            "Times that the kernel lost events for us, or a dump changed under us; a re-sync followed.",
+            &["observer", "what"],
+        );
+        for what in ["destroy", "dump"] {
+            lost_events.with_label_values(&[observer.label(), what]);
+        }
+        let observer_errors = make.counters(
+            "observer_errors_total",
+            "Readings of the kernel's table that failed.",
+            &["observer", "what"],
+        );
+        let observer_duration = make.histograms(
+            "observer_duration_seconds",
+            "How long a reading of the kernel's table took.",
+            &["observer", "what"],
+            LATENCY,
+        );
+        for what in ["census", "follow"] {
+            observer_errors.with_label_values(&[observer.label(), what]);
+            observer_duration.with_label_values(&[observer.label(), what]);
+        }
+        let accept_errors = make.counters(
+            "accept_errors_total",
+            "accept(2) errors; descriptors and memory are waited for.",
+            &["reason"],
+        );
+        for reason in ["descriptors", "memory", "connection", "other"] {
+            accept_errors.with_label_values(&[reason]);
+        }
+        Metrics {
+            roles: [role(Role::Server), role(Role::Client)],
+            targets: scope
+                .targets()
+                .iter()
+                .map(|t| TargetMetrics {
+                    connect: connect.with_label_values(&[&t.name]),
+                    echo: echo.with_label_values(&[&t.name]),
+                    close: close.with_label_values(&[&t.name]),
+                })
+                .collect(),
+            transitions: Transitions::new(
+                make.counters(
+                    "tcp_transitions_total",
+                    "State changes of own connections, by who saw them; from and to may be several steps \
+                     apart where nobody saw the way.",
+                    &["role", "from", "to", "evidence"],
+                ),
+                scope,
+                observer,
+            ),
+            table: TableGauges::new(&make),
+            echo_mismatch: make.counter("echo_mismatch_total", "Messages that came back different: must stay 0."),
+            follow_dropped: make.counter(
+                "follow_dropped_total",
+                "Connections not followed to their end because --follow-limit was reached.",
+            ),
+            following: make
+                .gauge("following", "Connections followed after close(2), until the kernel lets go of them."),
+            drain_duration: make.float_gauge("drain_duration_seconds", "How long the drain took, or takes so far."),
+            drain_aborted: make
+                .counter("drain_aborted_total", "Connections reset because they were open at --drain-timeout."),
+            accept_errors,
+            observer_duration,
+            observer_errors,
+            lost_events,
+            scrape: Mutex::new(()),
+            registry,
+        }
+    }
+
+    /// The counters of one role.
+    #[must_use]
+    pub fn role(&self, role: Role) -> &RoleMetrics {
+        &self.roles[role as usize]
+    }
+
+    /// The latencies of the client's target number `index`.
+    #[must_use]
+    pub fn target(&self, index: usize) -> &TargetMetrics {
+        &self.targets[index]
+    }
+
+    /// The counter of accept(2) errors of one kind.
+    #[must_use]
+    pub fn accept_errors(&self, reason: &str) -> IntCounter {
+        self.accept_errors.with_label_values(&[reason])
+    }
+
+    /// The metrics of one use of the socket table: `census` or `follow`.
+    #[must_use]
+    pub fn observer(&self, observer: Observer, what: &str) -> ObserverMetrics {
+        let labels = &[observer.label(), what];
+        ObserverMetrics {
+            duration: self.observer_duration.with_label_values(labels),
+            errors: self.observer_errors.with_label_values(labels),
+            lost_events: self.lost_events.with_label_values(&[observer.label(), "destroy"]),
+            interrupted: self.lost_events.with_label_values(&[observer.label(), "dump"]),
+        }
+    }
+
+    /// Counts a transition and the stay that it ended.
+    pub fn count(&self, role: Role, t: &Transition) {
+        self.transitions.child(role, t).inc();
+        if let Some(after) = t.after {
+            self.role(role).stay[t.from as usize - 1].observe(after.as_secs_f64());
+        }
+    }
+
+    /// How often each state was entered, from the transition counters.
+    #[must_use]
+    pub fn entered(&self, role: Role) -> Vec<(State, u64)> {
+        State::ALL.into_iter().map(|to| (to, self.transitions.entered(role, to))).collect()
+    }
+
+    /// The page for `/metrics`: what `fill` puts into the table's gauges, and everything else. What it does not fill is
+    /// left out: an old number would be a lie.
+    ///
+    /// # Errors
+    /// When the text cannot be encoded.
+    pub fn render(&self, fill: impl FnOnce(&TableGauges)) -> prometheus::Result<Vec<u8>> {
+        let families = {
+            let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+            self.table.clear();
+            fill(&self.table);
+            self.registry.gather()
+        };
+        let mut page = Vec::with_capacity(64 * 1024);
+        TextEncoder::new().encode(&families, &mut page)?;
+        Ok(page)
+    }
+}
+
+/// The gauges that only a reading of the kernel's table can fill.
+pub struct TableGauges {
+    /// By role, port, state.
+    pub sockets: IntGaugeVec,
+    /// By role, port, state; seconds.
+    pub oldest: GaugeVec,
+    /// By port.
+    pub queue_length: IntGaugeVec,
+    /// By port.
+    pub queue_limit: IntGaugeVec,
+    /// By target.
+    pub ports_used: IntGaugeVec,
+    /// By target.
+    pub ports_limit: IntGaugeVec,
+}
+
+impl TableGauges {
+    fn new(make: &Maker<'_>) -> TableGauges {
+        TableGauges {
+            sockets: make.gauges(
+                "tcp_sockets",
+                "Sockets in the kernel's table at the time of the scrape, by state; in this network namespace.",
+                &["role", "port", "state"],
+            ),
+            oldest: make.float_gauges(
+                "tcp_oldest_seconds",
+                "Age of the oldest socket in a state: own connections by what was observed of them, TIME_WAIT \
+                 by the kernel's timer; 0 when there is none.",
+                &["role", "port", "state"],
+            ),
+            queue_length: make.gauges(
+                "accept_queue_length",
+                "Connections that wait for accept(2) (Recv-Q of the listener in ss).",
+                &["port"],
+            ),
+            queue_limit: make.gauges(
+                "accept_queue_limit",
+                "How many may wait (Send-Q of the listener in ss); absent when the observer cannot tell.",
+                &["port"],
+            ),
+            ports_used: make.gauges(
+                "local_ports_used",
+                "Local ports in use towards the target, TIME_WAIT included: the most of any pair of \
+                 addresses, for that is what runs out.",
+                &["target"],
+            ),
+            ports_limit: make.gauges(
+                "local_ports_limit",
+                "Local ports that connect(2) may choose from for one pair of addresses (ip_local_port_range \
+                 less reserved ports).",
+                &["target"],
+            ),
+        }
+    }
+
+    fn clear(&self) {
+        self.sockets.reset();
+        self.oldest.reset();
+        self.queue_length.reset();
+        self.queue_limit.reset();
+        self.ports_used.reset();
+        self.ports_limit.reset();
+    }
+}
+
+/// What one user of the socket table reports of itself.
+pub struct ObserverMetrics {
+    /// Seconds a reading took.
+    pub duration: Histogram,
+    /// Readings that failed.
+    pub errors: IntCounter,
+    /// Times that destroy events were lost.
+    pub lost_events: IntCounter,
+    /// Dumps under which the table changed.
+    pub interrupted: IntCounter,
+}
+
+/// The counter of log lines lost, made before the other metrics: logs start first.
+///
+/// # Panics
+/// Never: the name is valid.
+#[must_use]
+pub fn log_lost_counter() -> IntCounter {
+    IntCounter::with_opts(opts("log_lost_total", "Log lines lost because the queue was full or the output failed."))
+        .expect("the name is valid")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scope::Target;
+    use std::sync::Arc;
+
+    /// Every name, type and label set that a pair shows from the start, in one file to read: a change here is a change of the contract.
+    #[test]
+    fn the_page_is_the_golden_one() {
+        let scope = Scope::new(&[7007], vec![Arc::new(Target::new("localhost:7007".into(), 7007))]);
+        let metrics = Metrics::new(&scope, Observer::SockDiag, &log_lost_counter());
+        let page = String::from_utf8(metrics.render(|_| ()).unwrap()).unwrap();
+        let ours = page.lines().filter(|l| !l.contains("process_") && !l.contains("_bucket{"));
+        let ours: Vec<&str> = ours.map(|l| l.replace(env!("CARGO_PKG_VERSION"), "VERSION").leak() as &str).collect();
+        let golden: Vec<&str> = include_str!("metrics/golden.txt").lines().collect();
+        let differs = |(now, then): &(&&str, &&str)| now != then;
+        let first = ours.iter().zip(&golden).find(differs);
+        assert!(ours == golden, "{first:?}; the page now:\n{}", ours.join("\n"));
+    }
+}

@@ -1,0 +1,57 @@
+//! Making a metric with the project's prefix, and registering it.
+
+use prometheus::{
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
+
+/// Makes metrics with the project's prefix and registers them.
+pub(super) struct Maker<'a>(pub(super) &'a Registry);
+
+impl Maker<'_> {
+    pub(super) fn register<C: prometheus::core::Collector + Clone + 'static>(&self, metric: &C) {
+        self.register_collector(Box::new(metric.clone()));
+    }
+
+    pub(super) fn register_collector(&self, metric: Box<dyn prometheus::core::Collector>) {
+        self.0.register(metric).expect("metric names are unique");
+    }
+
+    pub(super) fn made<C: prometheus::core::Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
+        let metric = metric.expect("metric names and labels are valid");
+        self.register(&metric);
+        metric
+    }
+
+    pub(super) fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.made(IntCounter::with_opts(opts(name, help)))
+    }
+
+    pub(super) fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.made(IntCounterVec::new(opts(name, help), labels))
+    }
+
+    pub(super) fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.made(IntGauge::with_opts(opts(name, help)))
+    }
+
+    pub(super) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.made(IntGaugeVec::new(opts(name, help), labels))
+    }
+
+    pub(super) fn float_gauge(&self, name: &str, help: &str) -> Gauge {
+        self.made(Gauge::with_opts(opts(name, help)))
+    }
+
+    pub(super) fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.made(GaugeVec::new(opts(name, help), labels))
+    }
+
+    pub(super) fn histograms(&self, name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> HistogramVec {
+        let opts = HistogramOpts::from(opts(name, help)).buckets(buckets.to_vec());
+        self.made(HistogramVec::new(opts, labels))
+    }
+}
+
+pub(super) fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(format!("echoscope_{name}"), help)
+}

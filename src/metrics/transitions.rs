@@ -1,0 +1,54 @@
+//! Transition counters, resolved at first use and then found by index.
+
+use std::sync::OnceLock;
+
+use prometheus::{IntCounter, IntCounterVec};
+
+use crate::kernel::Observer;
+use crate::scope::Scope;
+use crate::tcp::{ARROWS, Evidence, Role, State, Transition};
+
+/// Transition counters, resolved at first use and then found by index.
+pub(super) struct Transitions {
+    family: IntCounterVec,
+    children: Vec<OnceLock<IntCounter>>,
+}
+
+const STATES: usize = 13;
+
+impl Transitions {
+    pub(super) fn new(family: IntCounterVec, scope: &Scope, observer: Observer) -> Transitions {
+        let children = (0..Role::ALL.len() * STATES * STATES * Evidence::ALL.len()).map(|_| OnceLock::new()).collect();
+        let transitions = Transitions { family, children };
+        // Present at zero, so that a first increase is an increase: the arrows of each role in use, by each kind of
+        // evidence in use.
+        for role in Role::ALL.into_iter().filter(|role| scope.has(*role)) {
+            let strange = if role == Role::Client { State::Listen } else { State::SynSent };
+            for arrow in ARROWS.iter().filter(|arrow| arrow.from != strange && arrow.to != strange) {
+                for evidence in [Evidence::TcpInfo, observer.evidence(), Evidence::Inferred] {
+                    transitions.resolve(role, arrow.from, arrow.to, evidence);
+                }
+            }
+        }
+        transitions
+    }
+
+    pub(super) fn child(&self, role: Role, t: &Transition) -> &IntCounter {
+        self.resolve(role, t.from, t.to, t.evidence)
+    }
+
+    fn resolve(&self, role: Role, from: State, to: State, evidence: Evidence) -> &IntCounter {
+        self.children[Self::index(role, from, to, evidence)]
+            .get_or_init(|| self.family.with_label_values(&[role.label(), from.label(), to.label(), evidence.label()]))
+    }
+
+    fn index(role: Role, from: State, to: State, evidence: Evidence) -> usize {
+        let pair = (role as usize * STATES + from as usize) * STATES + to as usize;
+        pair * Evidence::ALL.len() + evidence as usize
+    }
+
+    pub(super) fn entered(&self, role: Role, to: State) -> u64 {
+        let each = State::ALL.into_iter().flat_map(|from| Evidence::ALL.into_iter().map(move |e| (from, e)));
+        each.filter_map(|(from, e)| self.children[Self::index(role, from, to, e)].get()).map(IntCounter::get).sum()
+    }
+}

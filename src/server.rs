@@ -1,0 +1,325 @@
+//! The echo service (RFC 862): accept, echo, half-close, drain.
+//!
+//! Must not know: the client, the web side.
+
+mod echo;
+mod lives;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
+
+use crate::afterlife::Afterlife;
+use crate::census::Census;
+use crate::config::{RuntimeShape, ServerConfig};
+use crate::conn::Conn;
+use crate::kernel::clock;
+use crate::ledger::Reason;
+use crate::listener::{AcceptFaults, ListenConfig, accept, accept_queued, listen, wind_down};
+use crate::shutdown::Stop;
+use crate::tcp::Role;
+use lives::Lives;
+
+/// A server whose address is known and taken; connections already queue.
+pub struct Bound {
+    config: ServerConfig,
+    listeners: Vec<StdListener>,
+    /// Since when.
+    at: Duration,
+    address: SocketAddr,
+}
+
+/// Binds the listening sockets: one, or one for each worker of a per-core server.
+///
+/// # Errors
+/// When the address cannot be had.
+pub fn bind(config: ServerConfig) -> anyhow::Result<Bound> {
+    let at = clock::monotonic();
+    let shared = config.shape == RuntimeShape::Shared;
+    // A worker that may serve nobody would leave its share of the connections waiting for ever.
+    let sockets = if shared { 1 } else { config.workers.min(config.max_connections.unwrap_or(usize::MAX)) };
+    let mut how = ListenConfig { address: config.listen, backlog: config.backlog, share_port: !shared };
+    let named = |how: &ListenConfig| format!("bind echo listener on {}", how.address);
+    let first = match listen(&how) {
+        Err(e) if config.listen_is_default && no_ipv6(&e) => {
+            how.address = SocketAddr::from(([0, 0, 0, 0], how.address.port()));
+            tracing::warn!(error = %e, address = %how.address, "no IPv6 here: listening on IPv4 only");
+            listen(&how)
+        }
+        other => other,
+    }
+    .with_context(|| named(&how))?;
+    let address = first.local_addr().with_context(|| named(&how))?;
+    how.address = address;
+    let mut listeners = vec![first];
+    for _ in 1..sockets {
+        listeners.push(listen(&how).with_context(|| named(&how))?);
+    }
+    Ok(Bound { config, listeners, at, address })
+}
+
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL | libc::EPROTONOSUPPORT))
+}
+
+impl Bound {
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// How many connections it was told to serve at once, if it was.
+    #[must_use]
+    pub fn max_connections(&self) -> Option<usize> {
+        self.config.max_connections
+    }
+}
+
+/// How the drain went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Connections that were open or queued when the end began.
+    pub open: u64,
+    /// Those that were reset at the deadline.
+    pub aborted: u64,
+}
+
+/// What all connections of a server share.
+struct Shared {
+    config: ServerConfig,
+    address: SocketAddr,
+    afterlife: Afterlife,
+    faults: AcceptFaults,
+    census: Arc<Census>,
+    drained: AtomicU64,
+    aborted: AtomicU64,
+}
+
+/// Serves until `stop`, then drains: what waits in the accept queue is still served, every byte that was acknowledged
+/// is echoed, every connection ends with FINs, until the stop's deadline resets what is left.
+///
+/// # Errors
+/// When a worker's thread or event loop cannot be made.
+pub async fn run(
+    bound: Bound,
+    limit: usize,
+    afterlife: Afterlife,
+    census: Arc<Census>,
+    stop: Stop,
+) -> anyhow::Result<Verdict> {
+    let Bound { config, listeners, at, address } = bound;
+    let shape = config.shape;
+    let shared = Arc::new(Shared {
+        faults: AcceptFaults::new("echo", afterlife.journal().metrics()),
+        drained: AtomicU64::new(0),
+        aborted: AtomicU64::new(0),
+        config,
+        address,
+        afterlife,
+        census,
+    });
+    let lives = Lives::open(&listeners, address, at, shared.afterlife.journal());
+    tracing::info!(%address, max_connections = limit, "echo server listening");
+    // What the connections see: it is cut at the deadline too.
+    let accepting = Stop::new();
+    let mut workers = Vec::new();
+    let count = listeners.len();
+    for (i, listener) in listeners.into_iter().enumerate() {
+        // Each listening socket has its own queue, so each has its own share: a common pot would be held by those who
+        // wait.
+        let share = limit / count + usize::from(i < limit % count);
+        let permits = Arc::new(Semaphore::new(share.clamp(1, Semaphore::MAX_PERMITS)));
+        let worker = serve(listener, permits, Arc::clone(&shared), accepting.clone());
+        workers.push(match shape {
+            RuntimeShape::Shared => tokio::spawn(worker),
+            RuntimeShape::PerCore => on_own_thread(i, worker)?,
+        });
+    }
+    stop.begun().await;
+    let open = shared.afterlife.journal().metrics().role(Role::Server).open.get();
+    shared.drained.store(u64::try_from(open).unwrap_or(0), Ordering::Relaxed);
+    accepting.begin();
+    let deadline = async {
+        tokio::select! {
+            () = stop.deadline() => {}
+            () = stop.was_cut() => {}
+        }
+        accepting.cut();
+    };
+    tokio::pin!(deadline);
+    let all = async {
+        for worker in workers {
+            worker.await.context("echo worker")?;
+        }
+        anyhow::Ok(())
+    };
+    tokio::pin!(all);
+    tokio::select! {
+        done = &mut all => done?,
+        () = &mut deadline => all.await?,
+    }
+    lives.close(shared.afterlife.journal());
+    Ok(Verdict { open: shared.drained.load(Ordering::Relaxed), aborted: shared.aborted.load(Ordering::Relaxed) })
+}
+
+/// A worker with a runtime of its own on a thread of its own.
+fn on_own_thread(
+    index: usize,
+    worker: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<tokio::task::JoinHandle<()>> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("make a worker's runtime")?;
+    let (done, wait) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name(format!("echo-{index}"))
+        .spawn(move || {
+            runtime.block_on(worker);
+            let _ = done.send(());
+        })
+        .context("start a worker's thread")?;
+    Ok(tokio::spawn(async move {
+        let _ = wait.await;
+    }))
+}
+
+/// Accepts until `stop`, then serves what still waits, closes the listener, and waits for its connections.
+async fn serve(listener: StdListener, permits: Arc<Semaphore>, shared: Arc<Shared>, stop: Stop) {
+    let tasks = TaskTracker::new();
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            return tracing::error!(%error, "cannot watch the echo listener");
+        }
+    };
+    loop {
+        let next = async {
+            let permit = permit(&permits).await;
+            (permit, accept(&listener, &shared.faults).await)
+        };
+        tokio::select! {
+            biased;
+            () = stop.begun() => break,
+            (permit, (stream, peer)) = next => start(&tasks, stream, peer, permit, &shared, &stop),
+        }
+    }
+    match listener.into_std() {
+        Ok(listener) => serve_queued(&listener, &tasks, &permits, &shared, &stop).await,
+        Err(error) => tracing::error!(%error, "cannot empty the accept queue"),
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+/// Empties the accept queue before the listener is closed: closing resets what still waits in it.
+async fn serve_queued(
+    listener: &StdListener,
+    tasks: &TaskTracker,
+    permits: &Arc<Semaphore>,
+    shared: &Arc<Shared>,
+    stop: &Stop,
+) {
+    wind_down(listener);
+    settle_handshakes(shared, stop).await;
+    loop {
+        let permit = tokio::select! {
+            biased;
+            permit = permit(permits) => permit,
+            () = stop.was_cut() => break,
+        };
+        match accept_queued(listener, &shared.faults) {
+            Ok(Some((stream, peer))) => {
+                start(tasks, stream, peer, permit, shared, stop);
+            }
+            Ok(None) => return,
+            Err(_no_descriptor_yet) => {
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_millis(20)) => {}
+                    () = stop.was_cut() => break,
+                }
+            }
+        }
+    }
+    // The deadline passed with a full house: those that still wait are taken only to be reset, so that each is told
+    // and counted.
+    while let Ok(Some((stream, peer))) = accept_queued(listener, &shared.faults) {
+        shared.drained.fetch_add(1, Ordering::Relaxed);
+        if let Some(mut conn) = accepted(stream, peer, shared) {
+            conn.abort(Reason::DrainAborted);
+            count_aborted(shared, 1);
+        }
+    }
+}
+
+/// Handshakes that were begun when SYNs were still taken finish within a round trip; they are waited for, for at most
+/// a second.
+async fn settle_handshakes(shared: &Arc<Shared>, stop: &Stop) {
+    let port = shared.address.port();
+    for _ in 0..50 {
+        let census = Arc::clone(&shared.census);
+        let pending = tokio::task::spawn_blocking(move || census.handshakes_in_progress(&[port])).await;
+        if !matches!(pending, Ok(Ok(true))) {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            () = stop.was_cut() => return,
+        }
+    }
+}
+
+async fn permit(permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    Arc::clone(permits).acquire_owned().await.expect("the semaphore is never closed")
+}
+
+fn start(
+    tasks: &TaskTracker,
+    stream: TcpStream,
+    peer: SocketAddr,
+    permit: OwnedSemaphorePermit,
+    shared: &Arc<Shared>,
+    stop: &Stop,
+) {
+    if stop.has_begun() {
+        shared.drained.fetch_add(1, Ordering::Relaxed);
+    }
+    if let Some(conn) = accepted(stream, peer, shared) {
+        let (shared, stop) = (Arc::clone(shared), stop.clone());
+        tasks.spawn(async move {
+            let failure = CountPanic(&shared);
+            let aborted = echo::echo(conn, &shared.config, &stop).await;
+            count_aborted(&shared, u64::from(aborted));
+            drop((failure, permit));
+        });
+    }
+}
+
+fn accepted(stream: TcpStream, peer: SocketAddr, shared: &Shared) -> Option<Conn> {
+    let local = (!shared.address.ip().is_unspecified()).then_some(shared.address);
+    let conn = Conn::accepted(stream, peer, local, shared.address.port(), shared.afterlife.clone());
+    conn.inspect_err(|error| tracing::debug!(%error, %peer, "connection gone before it could be looked at")).ok()
+}
+
+/// A connection whose task panics was not served: it counts as aborted, and so does the run.
+struct CountPanic<'a>(&'a Shared);
+
+impl Drop for CountPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a connection's task failed");
+            count_aborted(self.0, 1);
+        }
+    }
+}
+
+fn count_aborted(shared: &Shared, count: u64) {
+    shared.aborted.fetch_add(count, Ordering::Relaxed);
+    shared.afterlife.journal().metrics().drain_aborted.inc_by(count);
+}

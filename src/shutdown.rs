@@ -1,0 +1,119 @@
+//! Signals, the stop token and the deadline.
+//!
+//! Stopping has two steps: `begin` asks everyone to finish what they have, `cut` tells them to let go now.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Tells everyone to stop. Cheap to clone; all clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Beside the token, because asking the token takes a lock and every connection asks for every message.
+    begun: Arc<AtomicBool>,
+    begin: CancellationToken,
+    cut: CancellationToken,
+    /// One deadline for everyone, set where the end begins.
+    deadline: Arc<OnceLock<Instant>>,
+}
+
+impl Stop {
+    /// A token that nobody has used.
+    #[must_use]
+    pub fn new() -> Stop {
+        Stop::default()
+    }
+
+    /// Asks for a graceful end.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Release);
+        self.begin.cancel();
+    }
+
+    /// Asks for a graceful end by then; the first deadline counts.
+    pub fn begin_until(&self, deadline: Instant) {
+        self.deadline.get_or_init(|| deadline);
+        self.begin();
+    }
+
+    /// Waits for the end to begin and its deadline to pass; without one, for ever.
+    pub async fn deadline(&self) {
+        self.begun().await;
+        match self.deadline.get() {
+            Some(deadline) => tokio::time::sleep_until(*deadline).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The deadline, once the end has begun with one.
+    #[must_use]
+    pub fn deadline_at(&self) -> Option<Instant> {
+        self.deadline.get().copied()
+    }
+
+    /// Ends it now: the deadline has passed, or somebody insists.
+    pub fn cut(&self) {
+        self.begin();
+        self.cut.cancel();
+    }
+
+    /// Whether the end has begun.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// Whether it is over now.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.cut.is_cancelled()
+    }
+
+    /// Waits for the end to begin.
+    pub fn begun(&self) -> impl Future<Output = ()> + '_ {
+        self.begin.cancelled()
+    }
+
+    /// Waits for it to be cut short.
+    pub fn was_cut(&self) -> impl Future<Output = ()> + '_ {
+        self.cut.cancelled()
+    }
+}
+
+/// How a graceful end is timed.
+#[derive(Clone, Copy, Debug)]
+pub struct DrainConfig {
+    /// How long to go on as usual after the signal, not ready, so that load balancers notice.
+    pub delay: Duration,
+    /// How long everything may take after that.
+    pub timeout: Duration,
+}
+
+/// Begins `stop` at the first SIGTERM or SIGINT, with the drain's deadline, and cuts it at the second.
+///
+/// # Errors
+/// When the handlers cannot be installed.
+pub fn on_signals(stop: &Stop, drain: DrainConfig) -> std::io::Result<impl Future<Output = ()> + use<>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = stop.clone();
+    Ok(async move {
+        let mut name = async || {
+            tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            }
+        };
+        let first = name().await;
+        tracing::info!(signal = first, "stopping; a second signal ends it at once");
+        stop.begin_until(Instant::now() + drain.delay + drain.timeout);
+        let second = name().await;
+        tracing::warn!(signal = second, "second signal: ending now");
+        stop.cut();
+    })
+}

@@ -1,0 +1,305 @@
+//! The web side: metrics, health, the census and recent lives as JSON, over HTTP/1.1.
+//!
+//! Must not know: the roles. Its own connections are not narrated and never hold up a drain.
+
+mod api;
+mod page;
+pub mod probe;
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+
+use crate::census::Census;
+use crate::journal::Journal;
+use crate::kernel::clock;
+use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
+use crate::metrics;
+use crate::shutdown::Stop;
+
+/// Connections served at once; one more, and the one that has been idle for the longest time goes.
+const CONNECTIONS: usize = 64;
+
+/// A request's headers must be there within this time, also on a connection kept alive: longer than the usual scrape
+/// interval of 15 s, so that a scraper keeps its connection, and short enough that a slow one cannot hold it.
+const HEADERS: Duration = Duration::from_secs(20);
+
+/// The first request of a connection must be there within this time, and the whole of an answer be taken within that.
+const FIRST: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// At the end, answers under way may take so long.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// Whether this process is ready for traffic.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// Says so.
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Release);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// A web side whose address is known and taken.
+pub struct Bound {
+    listener: StdListener,
+    address: SocketAddr,
+}
+
+/// Binds the listener.
+///
+/// # Errors
+/// When the address cannot be had.
+pub fn bind(address: SocketAddr) -> anyhow::Result<Bound> {
+    let context = || format!("bind web listener on {address}");
+    let listener = listen(&ListenConfig { address, backlog: 128, share_port: false }).with_context(context)?;
+    let address = listener.local_addr().with_context(context)?;
+    Ok(Bound { listener, address })
+}
+
+impl Bound {
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// What the pages are made of.
+pub struct Sources {
+    /// The kernel's sockets.
+    pub census: Arc<Census>,
+    /// Counters and lives.
+    pub journal: Arc<Journal>,
+    /// Whether to say that we are ready.
+    pub readiness: Readiness,
+}
+
+/// Serves until `stop`.
+///
+/// # Errors
+/// When the listener cannot be watched.
+pub async fn run(bound: Bound, sources: Sources, stop: Stop) -> anyhow::Result<()> {
+    let listener = TcpListener::from_std(bound.listener).context("watch the web listener")?;
+    tracing::info!(address = %bound.address, "web side listening");
+    let sources = Arc::new(sources);
+    let faults = AcceptFaults::new("web", sources.journal.metrics());
+    let peers = Arc::new(Peers::default());
+    let tasks = TaskTracker::new();
+    loop {
+        let stream = tokio::select! {
+            biased;
+            () = stop.begun() => break,
+            (stream, _) = accept(&listener, &faults) => stream,
+        };
+        let peer = peers.enter();
+        tasks.spawn(connection(stream, Arc::clone(&sources), Arc::clone(&peers), peer, stop.clone()));
+    }
+    tasks.close();
+    let _ = tokio::time::timeout(LAST_ANSWERS, tasks.wait()).await;
+    Ok(())
+}
+
+/// One connection: any number of requests, each in time.
+async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>, peer: Arc<Peer>, stop: Stop) {
+    let _ = stream.set_nodelay(true);
+    let asking = Arc::clone(&peer);
+    let service = service_fn(move |request| {
+        let (sources, peer) = (Arc::clone(&sources), Arc::clone(&asking));
+        async move {
+            peer.asked();
+            Ok::<_, Infallible>(answer(&request, &sources).await)
+        }
+    });
+    let serving = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS)
+        .max_buf_size(16 * 1024)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(serving);
+    let served = tokio::select! {
+        served = serving.as_mut() => served,
+        () = peer.overdue() => Ok(()),
+        () = peer.shown_out.notified() => Ok(()),
+        () = stop.begun() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    peers.leave(&peer);
+    if let Err(error) = served {
+        tracing::debug!(%error, "web connection");
+    }
+}
+
+/// Who is connected. When the house is full, whoever has asked for nothing for the longest time is shown out: a
+/// crowd that asks for nothing must not keep a probe waiting.
+#[derive(Default)]
+struct Peers(Mutex<VecDeque<Arc<Peer>>>);
+
+impl Peers {
+    fn enter(&self) -> Arc<Peer> {
+        let peer = Arc::new(Peer::default());
+        let mut all = self.lock();
+        all.push_back(Arc::clone(&peer));
+        if all.len() > CONNECTIONS {
+            let last = |peer: &Arc<Peer>| peer.last_asked.load(Ordering::Relaxed);
+            let longest = (0..all.len()).min_by_key(|i| last(&all[*i]));
+            if let Some(peer) = longest.and_then(|i| all.remove(i)) {
+                peer.shown_out.notify_one();
+            }
+        }
+        peer
+    }
+
+    fn leave(&self, gone: &Arc<Peer>) {
+        self.lock().retain(|peer| !Arc::ptr_eq(peer, gone));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Peer>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether a connection's peer asks, and takes its answers.
+#[derive(Default)]
+struct Peer {
+    requests: AtomicU64,
+    /// When the last request came, in nanoseconds of the monotonic clock; 0 before the first.
+    last_asked: AtomicU64,
+    shown_out: Notify,
+}
+
+impl Peer {
+    fn asked(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let now = u64::try_from(clock::monotonic().as_nanos()).unwrap_or(u64::MAX);
+        self.last_asked.store(now, Ordering::Relaxed);
+    }
+
+    /// Waits until the peer has asked for nothing for longer than any scraper pauses: whether it is silent, sends its
+    /// headers a byte at a time, or does not take its answer.
+    async fn overdue(&self) {
+        tokio::time::sleep(FIRST).await;
+        let mut seen = self.requests.load(Ordering::Relaxed);
+        if seen == 0 {
+            return;
+        }
+        loop {
+            tokio::time::sleep(HEADERS + ANSWER).await;
+            let now = self.requests.load(Ordering::Relaxed);
+            if now == seen {
+                return;
+            }
+            seen = now;
+        }
+    }
+}
+
+async fn answer(request: &Request<Incoming>, sources: &Sources) -> Response<Full<Bytes>> {
+    let route = match request.uri().path() {
+        "/" => Route::Page,
+        "/metrics" => Route::Metrics,
+        "/healthz" | "/-/healthy" => Route::Healthy,
+        "/readyz" | "/-/ready" => Route::Ready,
+        "/api/sockets" => Route::Sockets,
+        "/api/connections" => Route::Connections,
+        _ => return text(StatusCode::NOT_FOUND, "not found\n"),
+    };
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    match route {
+        Route::Page => with_type("text/html; charset=utf-8", page::landing(sources.readiness.get())),
+        Route::Metrics => {
+            let reading = sources.census.read().await;
+            let journal = Arc::clone(&sources.journal);
+            // Off the async threads: the process's own metrics list its descriptors, and there may be many.
+            let rendered = tokio::task::spawn_blocking(move || {
+                journal.metrics().render(|gauges| reading.iter().for_each(|reading| reading.show(gauges)))
+            });
+            match rendered.await {
+                Ok(Ok(page)) => with_type(metrics::CONTENT_TYPE, page),
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "cannot encode metrics");
+                    text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be encoded\n")
+                }
+                Err(_shutting_down) => text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
+            }
+        }
+        Route::Healthy => text(StatusCode::OK, "healthy\n"),
+        Route::Ready if sources.readiness.get() => text(StatusCode::OK, "ready\n"),
+        Route::Ready => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+        Route::Sockets => match sources.census.read().await {
+            Some(reading) => json(&api::Sockets::of(&reading)),
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "the kernel's socket table cannot be read\n"),
+        },
+        Route::Connections => match api::limit(request.uri().query()) {
+            Ok(limit) => {
+                let journal = Arc::clone(&sources.journal);
+                let told = tokio::task::spawn_blocking(move || json(&api::connections(&journal, limit)));
+                told.await.unwrap_or_else(|_| text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"))
+            }
+            Err(message) => text(StatusCode::BAD_REQUEST, message),
+        },
+    }
+}
+
+enum Route {
+    Page,
+    Metrics,
+    Healthy,
+    Ready,
+    Sockets,
+    Connections,
+}
+
+fn json(value: &impl serde::Serialize) -> Response<Full<Bytes>> {
+    match serde_json::to_vec(value) {
+        Ok(body) => with_type("application/json", body),
+        Err(error) => {
+            tracing::error!(%error, "cannot encode JSON");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "cannot be encoded\n")
+        }
+    }
+}
+
+fn with_type(content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
+    headers
+        .insert("content-security-policy", HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'"));
+    response
+}
+
+fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
+    let mut response = with_type("text/plain; charset=utf-8", body);
+    *response.status_mut() = status;
+    response
+}

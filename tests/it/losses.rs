@@ -1,0 +1,75 @@
+//! What cannot be told is counted: lines that nobody takes, connections beyond the follow limit.
+
+use std::process::Stdio;
+
+use crate::support::{Echoscope, Metrics, command, get, until};
+
+#[test]
+fn beyond_the_follow_limit_connections_are_counted_not_followed() {
+    let pair =
+        Echoscope::start(&["pair", "--listen", "127.0.0.1:0", "--follow-limit", "10", "--count", "50", "--until-gone"]);
+    let metrics = until("50 opened and closed", || {
+        let metrics = pair.metrics();
+        let closed = metrics.sum("echoscope_connections_closed_total", &[("role", "client")]);
+        let settled = metrics.sum("echoscope_following", &[]) + metrics.sum("echoscope_follow_dropped_total", &[]);
+        (closed == 50.0 && settled >= 50.0).then_some(metrics)
+    });
+    assert_eq!(metrics.sum("echoscope_following", &[]), 10.0);
+    assert_eq!(metrics.sum("echoscope_follow_dropped_total", &[]), 40.0);
+    pair.line("a warning", |line| line["level"] == "WARN" && line["limit"] == 10);
+    let given_up = get(pair.web(), "/api/connections?limit=1000").1.matches("\"followed\":false").count();
+    assert_eq!(given_up, 40);
+}
+
+/// The output is a pipe that nobody reads: nothing waits for it, everything that does not fit is counted.
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut child = command()
+        .args(["--web.listen-address", &free.to_string(), "pair", "--listen", "127.0.0.1:0"])
+        .args(["--count", "6000", "--connections", "16", "--messages", "0", "--until-gone"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = until("6,000 lives", || {
+        std::net::TcpStream::connect(free).ok()?;
+        let metrics = Metrics::parse(&get(free, "/metrics").1);
+        let closed = metrics.sum("echoscope_connections_closed_total", &[("role", "client")]);
+        (closed == 6_000.0).then_some(metrics)
+    });
+    assert!(metrics.sum("echoscope_log_lost_total", &[]) > 0.0, "60,000 lines do not fit into the queue");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// A terminal that takes nothing (Ctrl-S, a stalled ssh): the bar and the lines wait for it, and nothing else does.
+#[test]
+fn a_terminal_that_nobody_reads_stops_nothing() {
+    let master = rustix::pty::openpt(rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY).unwrap();
+    rustix::pty::grantpt(&master).unwrap();
+    rustix::pty::unlockpt(&master).unwrap();
+    let name = rustix::pty::ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+    let terminal = std::fs::OpenOptions::new().read(true).write(true).open(name).unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_echoscope"))
+        .args(["--web.listen-address", &free.to_string(), "pair", "--listen", "127.0.0.1:0"])
+        .args(["--count", "5000", "--connections", "16", "--messages", "1", "--until-gone"])
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(terminal)
+        .spawn()
+        .unwrap();
+    until("5,000 lives", || {
+        std::net::TcpStream::connect(free).ok()?;
+        let metrics = Metrics::parse(&get(free, "/metrics").1);
+        let closed = metrics.sum("echoscope_connections_closed_total", &[("role", "client")]);
+        (closed == 5_000.0).then_some(())
+    });
+    let mut waiting = [0; 1024];
+    assert!(rustix::io::read(&master, &mut waiting).unwrap() > 0, "it did write to the terminal");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

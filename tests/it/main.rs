@@ -1,0 +1,12 @@
+//! The program as its users meet it: the real binary, real sockets, real signals.
+
+mod bad_input;
+mod census;
+mod drain;
+mod fallback;
+mod floors;
+mod kernel_events;
+mod losses;
+mod pair;
+mod support;
+mod web;
