@@ -15,15 +15,20 @@ use serde_json::Value;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Polls until `found` returns something.
-pub fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
+    try_until(found).unwrap_or_else(|| panic!("waited {PATIENCE:?} for {what}"))
+}
+
+/// Polls until `found` returns something, and for [`PATIENCE`] at most.
+pub fn try_until<T>(mut found: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + PATIENCE;
-    loop {
+    while Instant::now() < deadline {
         if let Some(value) = found() {
-            return value;
+            return Some(value);
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+    found()
 }
 
 /// A running echoscope that logs JSON.
