@@ -227,6 +227,13 @@ impl Flow {
     pub fn canonical(self) -> Flow {
         Flow { local: canonical(self.local), peer: canonical(self.peer) }
     }
+
+    /// The flow without IPv6 scopes, which /proc/net/tcp6 does not print.
+    #[must_use]
+    pub fn unscoped(self) -> Flow {
+        let unscoped = |address: SocketAddr| SocketAddr::new(address.ip(), address.port());
+        Flow { local: unscoped(self.local), peer: unscoped(self.peer) }
+    }
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {
@@ -311,7 +318,7 @@ pub enum Cause {
     Abort,
     /// A RST answered our SYN: nobody listens there.
     Refused,
-    /// The kernel gave up retransmitting.
+    /// Nobody answered in time: the kernel gave up retransmitting, or we gave up waiting for a handshake.
     Timeout,
     /// The network said that the peer cannot be reached.
     Unreachable,

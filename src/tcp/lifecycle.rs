@@ -32,7 +32,7 @@ pub struct Transition {
     pub to: State,
     /// When, on the monotonic clock. For a step that nobody timed: when the next one was seen.
     pub at: Duration,
-    /// How long `from` lasted; `None` when its beginning was not seen.
+    /// How long `from` lasted; `None` when its beginning or its end was not seen.
     pub after: Option<Duration>,
     /// Who saw it.
     pub evidence: Evidence,
@@ -162,7 +162,7 @@ impl Lifecycle {
         // A step that only our own call can make happened when we made it, whoever saw the result.
         let (at, timed) = match known.call {
             Some((_, when)) if ours => (when.clamp(self.since, at), true),
-            _ => (at, seen.is_some()),
+            _ => (at, seen.is_some_and(|evidence| evidence != Evidence::Inferred)),
         };
         let cause = match (seen, known.cause, known.call) {
             (Some(_), Some(cause), _) => Some(cause),
@@ -173,7 +173,7 @@ impl Lifecycle {
             from: self.state,
             to,
             at,
-            after: self.timed.then(|| at.saturating_sub(self.since)),
+            after: (self.timed && timed && step == Step::Arrow).then(|| at.saturating_sub(self.since)),
             evidence: seen.unwrap_or(Evidence::Inferred),
             cause,
             step,
@@ -364,6 +364,22 @@ mod tests {
         let t: Vec<_> = t.iter().copied().collect();
         assert_eq!((t[0].to, t[0].evidence, t[0].at), (LastAck, Evidence::Inferred, ms(7)));
         assert_eq!((t[1].to, t[1].after, t[1].cause), (Close, Some(ms(1)), Some(Cause::Ack)));
+    }
+
+    #[test]
+    fn a_stay_is_told_only_where_both_its_ends_were_seen() {
+        let stays = |t: Transitions| t.iter().map(|t| t.after).collect::<Vec<_>>();
+        // FIN_WAIT1 ended at some time before the reading, and so did whatever came between.
+        let t = at(Role::Client, FinWait1).observe(ms(9), TimeWait, Evidence::SockDiag);
+        assert_eq!(stays(t), [None]);
+        let known = Known { segments: Some(1), ..Known::default() };
+        let t = at(Role::Client, FinWait1).observe_knowing(ms(9), TimeWait, Evidence::SockDiag, &known);
+        assert_eq!(stays(t), [None, None]);
+        // An accept(2) that comes after the FIN: ESTABLISHED is certain, its times are not.
+        let mut life = Lifecycle::accepted(ms(5));
+        life.observe(ms(5), Established, Evidence::Inferred);
+        assert_eq!(stays(life.observe(ms(6), CloseWait, Evidence::TcpInfo)), [None]);
+        assert_eq!(stays(life.observe(ms(8), LastAck, Evidence::TcpInfo)), [Some(ms(2))]);
     }
 
     #[test]
