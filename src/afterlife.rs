@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
 use tokio::sync::{Notify, mpsc};
 
 use crate::journal::Journal;
@@ -76,7 +77,11 @@ impl Afterlife {
             warned: OnceAMinute::default(),
         });
         let follower = Follower::new(Arc::clone(&shared), scope, table);
-        std::thread::Builder::new().name("afterlife".into()).spawn(move || runtime.block_on(follower.run(inbox)))?;
+        let gone = Gone(Arc::clone(&shared));
+        std::thread::Builder::new().name("afterlife".into()).spawn(move || {
+            let _gone = gone;
+            runtime.block_on(follower.run(inbox));
+        })?;
         Ok(Afterlife { shared, queue })
     }
 
@@ -85,15 +90,19 @@ impl Afterlife {
         let shared = &self.shared;
         let before = shared.following.fetch_add(1, Ordering::AcqRel);
         shared.unseen.fetch_add(1, Ordering::AcqRel);
-        if before < shared.limit && self.queue.try_send(departed).is_ok() {
-            shared.journal.metrics().following.inc();
-            return;
-        }
+        shared.journal.metrics().following.inc();
+        let refused = if before < shared.limit { self.queue.try_send(departed).err() } else { Some(Full(departed)) };
+        let Some(refused) = refused else { return };
+        shared.journal.metrics().following.dec();
         shared.unseen.fetch_sub(1, Ordering::AcqRel);
         shared.journal.metrics().follow_dropped.inc();
         shared.journal.lose(&departed.id);
         if let Some(times) = shared.warned.due(clock::monotonic()) {
-            tracing::warn!(limit = shared.limit, times, "follow limit reached: connections not followed to their end");
+            let limit = shared.limit;
+            match refused {
+                Full(_) => tracing::warn!(limit, times, "follow limit reached: connections not followed to their end"),
+                Closed(_) => tracing::error!(times, "the follower is gone: connections not followed to their end"),
+            }
         }
         shared.one_less();
     }
@@ -126,6 +135,17 @@ impl Afterlife {
             }
             notified.await;
         }
+    }
+}
+
+/// When the follower's thread ends, nobody must wait for it any more.
+struct Gone(Arc<Shared>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.following.store(0, Ordering::Release);
+        self.0.unseen.store(0, Ordering::Release);
+        self.0.none_left.notify_waiters();
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::afterlife::Afterlife;
 use crate::census::Census;
-use crate::client;
+use crate::client::{self, Summary};
 use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, reachable};
 use crate::journal::Journal;
 use crate::kernel::{Table, limits};
@@ -19,7 +19,8 @@ use crate::metrics::Metrics;
 use crate::progress::Progress;
 use crate::scope::{Scope, Target};
 use crate::server;
-use crate::shutdown::{DrainConfig, Stop, on_signals};
+use crate::shutdown::{DrainConfig, Stop, Verdict, on_signals};
+use crate::tcp::Role;
 use crate::web::{self, Readiness};
 
 /// Descriptors that the echo service leaves to the rest of the process: the web side's connections, netlink, logs.
@@ -77,24 +78,24 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
         Afterlife::start(Arc::clone(&journal), &scope, second, follow_limit).context("start the follower")?;
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
 
-    // Start.
+    // Start. The server is told to drain when the pair's client has ended, so that it sees its connections close.
     let readiness = Readiness::default();
-    let web_stop = Stop::new();
+    let (draining, server_stop, web_stop) = (Stop::new(), Stop::new(), Stop::new());
+    let end_all = EndAll { stop: stop.clone(), timeout: drain.timeout };
     let web = web.map(|bound| {
         let sources =
             web::Sources { census: Arc::clone(&census), journal: Arc::clone(&journal), readiness: readiness.clone() };
-        tokio::spawn(web::run(bound, sources, web_stop.clone()))
+        end_all.with("web side", &web_stop, web::run(bound, sources, web_stop.clone()))
     });
-    let server_stop = Stop::new();
     let server = server.map(|bound| {
         let limit = connection_limit(&bound, descriptors, client.as_ref().map_or(0, |(c, _)| c.connections));
-        let (afterlife, census) = (afterlife.clone(), Arc::clone(&census));
-        tokio::spawn(server::run(bound, limit, afterlife, census, server_stop.clone()))
+        let run = server::run(bound, limit, afterlife.clone(), Arc::clone(&census), server_stop.clone());
+        end_all.with("echo server", &server_stop, run)
     });
     readiness.set(true);
-    tokio::spawn(on_stop(stop.clone(), server_stop.clone(), readiness.clone()));
+    tokio::spawn(on_stop(stop.clone(), drain, readiness.clone(), draining.clone(), server_stop.clone()));
 
-    // Wait. The pair's client ends first, so that the server sees its connections close.
+    // Wait.
     let mut well = true;
     let mut until_gone = false;
     let mut summarize = None;
@@ -102,25 +103,48 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
         until_gone = config.until_gone;
         let output = config.output;
         let bar = Progress::start(&config, log);
-        let stats = client::run(config, targets, afterlife.clone(), stop.clone(), bar.counter()).await;
+        let stats = client::run(config, targets, afterlife.clone(), draining.clone(), bar.counter()).await;
         bar.finish(log).await;
         well &= stats.is_clean();
         summarize = Some((stats, output));
     } else {
-        stop.begun().await;
-    }
-    readiness.set(false);
-    let deadline = drain_deadline(&stop, drain).await;
-    server_stop.begin_until(deadline);
-    if let Some(server) = server {
-        let began = (deadline - drain.timeout).into_std();
-        let draining = tokio::spawn(show_duration(Arc::clone(&metrics), began));
-        well &= finish_server(server, drain, began, &afterlife).await?;
-        draining.abort();
+        draining.begun().await;
     }
 
-    // What the kernel still keeps. A table that cannot be read must not hold up the end, and a signal need not wait.
-    let _ = tokio::time::timeout(Duration::from_secs(5), afterlife.all_seen()).await;
+    // Drain.
+    readiness.set(false);
+    let deadline = draining.deadline_at().unwrap_or_else(|| tokio::time::Instant::now() + drain.timeout);
+    let began = (deadline - drain.timeout).into_std();
+    server_stop.begin_until(deadline);
+    let duration = tokio::spawn(show_duration(Arc::clone(&metrics), began));
+    let server = match server {
+        Some(server) => Some(server.await.context("echo server").flatten()),
+        None => None,
+    };
+    duration.abort();
+    metrics.drain_duration.set(began.elapsed().as_secs_f64());
+
+    // What the kernel still keeps. A table that cannot be read must not hold up the end, and somebody who insists need
+    // not wait.
+    tokio::select! {
+        () = afterlife.all_seen() => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => {}
+        () = stop.was_cut() => {}
+    }
+    match &summarize {
+        Some((stats, _)) if draining.has_begun() => {
+            tell(Role::Client, stats.verdict(), drain, began, &journal);
+        }
+        _ => {}
+    }
+    match server {
+        Some(Ok(verdict)) => well &= tell(Role::Server, verdict, drain, began, &journal),
+        Some(Err(error)) => {
+            well = false;
+            tracing::error!(error = format!("{error:#}"), "echo server failed");
+        }
+        None => {}
+    }
     if until_gone {
         tokio::select! {
             () = afterlife.none_left() => {}
@@ -128,7 +152,7 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
         }
     }
     if let Some((stats, output)) = summarize {
-        let summary = stats.summary(&journal, afterlife.following());
+        let summary = Summary::of(&stats, &journal);
         let mut out = std::io::stdout().lock();
         match output {
             Output::Text => write!(out, "{summary}"),
@@ -140,9 +164,42 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
     // The web side stops last, so that the drain itself is scraped.
     web_stop.begin();
     if let Some(web) = web {
-        web.await.context("web side")??;
+        web.await.context("web side").flatten()?;
     }
     Ok(well)
+}
+
+/// Ends everything when a part ends before it was told to: what is left of the process would look healthy and serve
+/// nobody.
+#[derive(Clone)]
+struct EndAll {
+    stop: Stop,
+    timeout: Duration,
+}
+
+impl EndAll {
+    /// Runs a part that is told to end by `told`.
+    fn with<T: Send + 'static>(
+        &self,
+        part: &'static str,
+        told: &Stop,
+        run: impl Future<Output = anyhow::Result<T>> + Send + 'static,
+    ) -> JoinHandle<anyhow::Result<T>> {
+        struct Guard(EndAll, &'static str, Stop);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                if !self.2.has_begun() {
+                    tracing::error!(part = self.1, "ended before its time: everything ends");
+                    self.0.stop.begin_until(tokio::time::Instant::now() + self.0.timeout);
+                }
+            }
+        }
+        let guard = Guard(self.clone(), part, told.clone());
+        tokio::spawn(async move {
+            let _guard = guard;
+            run.await
+        })
+    }
 }
 
 /// The client with its targets; the pair's client gets the pair's server.
@@ -169,27 +226,20 @@ fn connection_limit(bound: &server::Bound, descriptors: Option<u64>, own_clients
     bound.max_connections().unwrap_or(usize::try_from(left).unwrap_or(usize::MAX))
 }
 
-/// Not ready from the first signal on; the second one reaches the server too.
-async fn on_stop(stop: Stop, server_stop: Stop, readiness: Readiness) {
+/// Not ready from the first signal on. The drain begins when its delay has passed: somebody must have time to notice.
+/// The second signal reaches everyone.
+async fn on_stop(stop: Stop, drain: DrainConfig, readiness: Readiness, draining: Stop, server_stop: Stop) {
     stop.begun().await;
     readiness.set(false);
-    stop.was_cut().await;
-    server_stop.cut();
-}
-
-/// When the drain must be over. After a signal it begins when the drain's delay has passed: somebody must have time
-/// to notice. A run that ended by itself has nobody to wait for.
-async fn drain_deadline(stop: &Stop, drain: DrainConfig) -> tokio::time::Instant {
-    match stop.deadline_at() {
-        Some(deadline) => {
-            tokio::select! {
-                () = tokio::time::sleep_until(deadline - drain.timeout) => {}
-                () = stop.was_cut() => {}
-            }
-            deadline
-        }
-        None => tokio::time::Instant::now() + drain.timeout,
+    let deadline = stop.deadline_at().unwrap_or_else(tokio::time::Instant::now);
+    tokio::select! {
+        () = tokio::time::sleep_until(deadline - drain.timeout) => {}
+        () = stop.was_cut() => {}
     }
+    draining.begin_until(deadline);
+    stop.was_cut().await;
+    draining.cut();
+    server_stop.cut();
 }
 
 /// The drain's duration grows where a scrape can see it.
@@ -200,24 +250,36 @@ async fn show_duration(metrics: Arc<Metrics>, began: Instant) {
     }
 }
 
-/// Waits for the server's drain and tells how it went.
-async fn finish_server(
-    server: JoinHandle<anyhow::Result<server::Verdict>>,
-    drain: DrainConfig,
-    began: Instant,
-    afterlife: &Afterlife,
-) -> anyhow::Result<bool> {
-    let verdict = server.await.context("echo server")??;
-    let took = began.elapsed();
-    afterlife.journal().metrics().drain_duration.set(took.as_secs_f64());
-    let (open, aborted) = (verdict.open, verdict.aborted);
-    let left_in_kernel = afterlife.following();
-    let seconds = took.as_secs_f64();
-    if aborted == 0 {
-        tracing::info!(open, aborted, seconds, left_in_kernel, "drained: every connection ended cleanly");
+/// Tells how the drain of one role went, and what the kernel still keeps. Returns whether it was clean.
+fn tell(role: Role, verdict: Verdict, drain: DrainConfig, began: Instant, journal: &Journal) -> bool {
+    let Verdict { open, lost, aborted, unfinished } = verdict;
+    let (role, seconds) = (role.label(), began.elapsed().as_secs_f64());
+    let left: Vec<String> = journal.ledger().states().iter().map(|(state, n)| format!("{state} {n}")).collect();
+    let left_in_kernel = if left.is_empty() { "nothing".to_owned() } else { left.join(", ") };
+    if verdict.is_clean() {
+        tracing::info!(
+            role,
+            open,
+            lost,
+            aborted,
+            unfinished,
+            seconds,
+            left_in_kernel,
+            "drained: nothing was cut short"
+        );
     } else {
         let timeout_s = drain.timeout.as_secs_f64();
-        tracing::warn!(open, aborted, seconds, left_in_kernel, timeout_s, "drain cut short: connections were reset");
+        tracing::warn!(
+            role,
+            open,
+            lost,
+            aborted,
+            unfinished,
+            seconds,
+            left_in_kernel,
+            timeout_s,
+            "drain cut short: connections were reset"
+        );
     }
-    Ok(aborted == 0)
+    verdict.is_clean()
 }

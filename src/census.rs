@@ -13,13 +13,13 @@ use crate::kernel::{Observer, Row, Table, TableError, Wanted, clock, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::{ObserverMetrics, TableGauges};
 use crate::scope::Scope;
-use crate::tcp::{Role, State, StateSet};
+use crate::tcp::{Flow, Role, State, StateSet};
 
 /// How long a reading serves everyone who asks.
 pub const FRESH: Duration = Duration::from_millis(500);
 
 /// TCP_TIMEWAIT_LEN (include/net/tcp.h): what TIME_WAIT's timer starts from.
-const TIME_WAIT: Duration = Duration::from_secs(60);
+const TIME_WAIT: Duration = Duration::from_mins(1);
 
 /// Label slots: kernel state numbers run from 1 to 12.
 const STATES: usize = 13;
@@ -43,7 +43,7 @@ pub struct ServiceReading {
     /// Of its listeners, if it has any.
     pub accept_queue: Option<AcceptQueue>,
     counts: [u64; STATES],
-    oldest: [Duration; STATES],
+    oldest: [Option<Duration>; STATES],
 }
 
 impl ServiceReading {
@@ -53,10 +53,10 @@ impl ServiceReading {
         self.counts[state as usize]
     }
 
-    /// The age of the oldest one whose age is known; zero when there is none.
+    /// The age of the oldest one whose age is known; zero where there are no sockets, `None` where nobody knows.
     #[must_use]
-    pub fn oldest(&self, state: State) -> Duration {
-        self.oldest[state as usize]
+    pub fn oldest(&self, state: State) -> Option<Duration> {
+        if self.count(state) == 0 { Some(Duration::ZERO) } else { self.oldest[state as usize] }
     }
 }
 
@@ -92,7 +92,9 @@ impl Reading {
             for state in State::ALL {
                 let labels = &[role, &port, state.label()];
                 gauges.sockets.with_label_values(labels).set(service.count(state).cast_signed());
-                gauges.oldest.with_label_values(labels).set(service.oldest(state).as_secs_f64());
+                if let Some(oldest) = service.oldest(state) {
+                    gauges.oldest.with_label_values(labels).set(oldest.as_secs_f64());
+                }
             }
             if let Some(queue) = service.accept_queue {
                 gauges.queue_length.with_label_values(&[&port]).set(queue.length.into());
@@ -171,16 +173,18 @@ impl Census {
         reading
     }
 
-    /// Whether a connection to one of `ports` is between SYN and accept-queue.
+    /// The connections to local `port` between SYN and accept queue, each with the time until our SYN+ACK is repeated.
     ///
     /// # Errors
     /// When the table cannot be read.
-    pub fn handshakes_in_progress(&self, ports: &[u16]) -> Result<bool, TableError> {
+    pub fn handshakes_in_progress(&self, port: u16) -> Result<HashMap<Flow, Duration>, TableError> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut any = false;
-        let wanted = Wanted::new(StateSet::of(&[State::SynRecv]), ports, &[]);
-        table.each(&wanted, |row| any |= ports.contains(&row.flow.local.port()))?;
-        Ok(any)
+        let mut found = HashMap::new();
+        let wanted = Wanted::new(StateSet::of(&[State::SynRecv]), &[port], &[]);
+        table.each(&wanted, |row| {
+            found.insert(row.flow, row.expires);
+        })?;
+        Ok(found)
     }
 
     fn read_now(&self) -> Result<Reading, TableError> {
@@ -217,11 +221,12 @@ impl Count<'_> {
             port,
             accept_queue: None,
             counts: [0; STATES],
-            oldest: [Duration::ZERO; STATES],
+            oldest: [None; STATES],
         };
         let mut targets: HashMap<SocketAddr, Vec<usize>> = HashMap::new();
         for (i, target) in scope.targets().iter().enumerate() {
             for address in target.addresses() {
+                let address = SocketAddr::new(address.ip(), address.port());
                 targets.entry(address).or_default().push(i);
             }
         }
@@ -242,12 +247,12 @@ impl Count<'_> {
             }
             State::TimeWait => {
                 let age = TIME_WAIT.saturating_sub(row.expires);
-                service.oldest[state] = service.oldest[state].max(age);
+                service.oldest[state] = service.oldest[state].max(Some(age));
             }
             _ => {}
         }
         if service.role == Role::Client {
-            let flow = row.flow.canonical();
+            let flow = row.flow.canonical().unscoped();
             if self.targets.contains_key(&flow.peer) {
                 *self.pairs.entry((flow.local.ip(), flow.peer)).or_default() += 1;
             }
@@ -257,13 +262,8 @@ impl Count<'_> {
     fn finish(mut self, oldest: &HashMap<(Role, u16, State), Duration>, observer: Observer, took: Duration) -> Reading {
         for service in &mut self.services {
             for state in State::ALL {
-                // The ledger's ages are of own connections; where the table shows none in that state, they have moved
-                // on.
-                if let (Some(age), true) = (oldest.get(&(service.role, service.port, state)), service.count(state) > 0)
-                {
-                    let known = &mut service.oldest[state as usize];
-                    *known = (*known).max(*age);
-                }
+                let known = &mut service.oldest[state as usize];
+                *known = (*known).max(oldest.get(&(service.role, service.port, state)).copied());
             }
         }
         let mut used = vec![0; self.scope.targets().len()];
@@ -287,7 +287,6 @@ impl Count<'_> {
 mod tests {
     use super::*;
     use crate::scope::Target;
-    use crate::tcp::Flow;
 
     fn row(state: State, local: &str, peer: &str) -> Row {
         Row {
@@ -329,8 +328,10 @@ mod tests {
         assert_eq!((server.count(State::Listen), server.count(State::CloseWait)), (2, 1));
         assert_eq!((client.count(State::FinWait2), client.count(State::TimeWait)), (1, 2));
         assert_eq!(server.accept_queue, Some(AcceptQueue { length: 6, limit: Some(256) }));
-        assert_eq!(server.oldest(State::CloseWait), Duration::from_secs(5), "from the ledger");
-        assert_eq!(client.oldest(State::TimeWait), Duration::from_secs(40), "from the timer");
+        assert_eq!(server.oldest(State::CloseWait), Some(Duration::from_secs(5)), "from the ledger");
+        assert_eq!(client.oldest(State::TimeWait), Some(Duration::from_secs(40)), "from the timer");
+        assert_eq!(client.oldest(State::FinWait2), None, "somebody else's: nobody knows");
+        assert_eq!(client.oldest(State::CloseWait), Some(Duration::ZERO), "there is none");
         assert_eq!(reading.targets[0].ports_used, 2, "the fullest pair of addresses");
         let total: u64 = reading.services.iter().flat_map(|s| State::ALL.map(|state| s.count(state))).sum();
         assert_eq!(total, 6, "the stranger is not counted");

@@ -4,12 +4,14 @@
 
 mod exchange;
 mod lifecycle;
+mod outcome;
 mod pace;
+mod stats;
 mod summary;
 mod target;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use tokio::task::JoinSet;
 
@@ -18,8 +20,11 @@ use crate::config::ClientConfig;
 use crate::log::OnceAMinute;
 use crate::scope::Target;
 use crate::shutdown::Stop;
+use crate::tcp::Role;
+pub use outcome::Outcome;
 use pace::Pace;
-pub use summary::{Outcome, Stats, Summary};
+pub use stats::Stats;
+pub use summary::Summary;
 use target::Targets;
 
 /// Runs until the count or the duration is reached, or `stop`; then finishes what is in flight, until the stop's
@@ -36,7 +41,7 @@ pub async fn run(
     let pace = Arc::new(Pace::start(config.rate, config.count, config.duration));
     let worker = Arc::new(lifecycle::Worker {
         targets: Targets::new(targets, config.resolve_interval),
-        stats: Stats::new(),
+        stats: Stats::new(config.connections),
         afterlife,
         progress,
         warned: OnceAMinute::default(),
@@ -45,20 +50,25 @@ pub async fn run(
     // What the connections see: it is cut at the deadline too.
     let ending = Stop::new();
     let mut workers = JoinSet::new();
-    for _ in 0..worker.config.connections {
+    for i in 0..worker.config.connections {
         let (worker, pace, stop, ending) = (Arc::clone(&worker), Arc::clone(&pace), stop.clone(), ending.clone());
         workers.spawn(async move {
+            let share = worker.stats.share(i);
             while let Some(ticket) = pace.next(&stop).await {
                 tokio::select! {
                     biased;
-                    () = worker.open(ticket, &stop, &ending) => {}
+                    () = worker.open(ticket, share, &stop, &ending) => {}
                     // Resolving, connecting or waiting to try again: nothing is open yet.
-                    () = ending.was_cut() => return worker.stats.cut_short(),
+                    () = ending.was_cut() => return share.done(Outcome::CutShort),
                 }
             }
         });
     }
+    let open_at_stop = AtomicI64::new(0);
     let cut = async {
+        stop.begun().await;
+        let open = worker.afterlife.journal().metrics().role(Role::Client).open.get();
+        open_at_stop.store(open, Ordering::Relaxed);
         tokio::select! {
             () = stop.deadline() => {}
             () = stop.was_cut() => {}
@@ -70,7 +80,7 @@ pub async fn run(
         while let Some(ended) = workers.join_next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "client worker failed");
-                worker.stats.done(Outcome::Error);
+                worker.stats.share(0).done(Outcome::Error);
             }
         }
     };
@@ -79,5 +89,6 @@ pub async fn run(
         () = &mut all => {}
         () = &mut cut => all.await,
     }
+    worker.stats.end(pace.unopened(), open_at_stop.load(Ordering::Relaxed).unsigned_abs());
     worker.stats.clone()
 }

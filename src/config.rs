@@ -145,16 +145,17 @@ impl Config {
 
     fn parse(argv: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Config, clap::Error> {
         let argv: Vec<_> = argv.into_iter().collect();
-        let matches = Cli::command().try_get_matches_from(&argv)?;
-        let mut cli = Cli::from_arg_matches(&matches)?;
-        // `echoscope` alone is `echoscope pair`; parsed as such, so that the environment counts too.
-        let command = if let Some(command) = cli.command.take() {
-            command
-        } else {
-            let pair = argv.iter().cloned().chain(["pair".into()]);
-            let cli = Cli::from_arg_matches(&Cli::command().try_get_matches_from(pair)?)?;
-            cli.command.ok_or_else(|| mistake("no command"))?
+        // Without a command it is the pair; parsed as such, so that its flags and their environment count too.
+        let as_pair = || read(argv.iter().take(1).cloned().chain(["pair".into()]).chain(argv.iter().skip(1).cloned()));
+        let cli = match read(argv.iter().cloned()) {
+            Ok(Cli { command: None, .. }) => as_pair()?,
+            Err(error) if error.kind() == ErrorKind::UnknownArgument => match as_pair() {
+                Err(second) if second.kind() == ErrorKind::UnknownArgument => return Err(error),
+                read_as_pair => read_as_pair?,
+            },
+            read => read?,
         };
+        let command = cli.command.ok_or_else(|| mistake("no command"))?;
         let global = cli.global;
         let stderr_is_terminal = std::io::stderr().is_terminal();
         let format = match global.log_format {
@@ -172,6 +173,19 @@ impl Config {
             common: Common { web, observer: global.observer.into(), follow_limit: global.follow_limit },
         })
     }
+}
+
+fn read(argv: impl Iterator<Item = std::ffi::OsString>) -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&definition().try_get_matches_from(argv)?)
+}
+
+/// The command line, where a variable that is set to nothing is not set: deployment files often cannot leave one out.
+fn definition() -> clap::Command {
+    fn heed(arg: clap::Arg) -> clap::Arg {
+        let empty = arg.get_env().is_some_and(|name| std::env::var_os(name).is_some_and(|value| value.is_empty()));
+        if empty { arg.env(None::<&'static str>) } else { arg }
+    }
+    Cli::command().mut_args(heed).mut_subcommands(|command| command.mut_args(heed))
 }
 
 impl Command {
@@ -250,7 +264,6 @@ fn server(
     idle_timeout: Option<Duration>,
     close_delay: Duration,
 ) -> ServerConfig {
-    // A single worker of the multi-thread runtime is unfair at many connections: two at least.
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let least = if args.runtime == RuntimeShape::Shared { 2 } else { 1 };
     ServerConfig {
@@ -261,7 +274,7 @@ fn server(
         backlog: args.accept_backlog,
         close_delay: args.close_delay.map_or(close_delay, Duration::from),
         shape: args.runtime,
-        workers: args.workers.unwrap_or(cores).max(least),
+        workers: args.workers.unwrap_or(cores.max(least)),
     }
 }
 
@@ -270,6 +283,11 @@ const HUMAN_RATE: f64 = 1.0;
 const HUMAN_THINK_TIME: Duration = Duration::from_millis(250);
 
 fn client(args: &LoadArgs, targets: Vec<TargetName>) -> Result<ClientConfig, clap::Error> {
+    if args.until_gone && args.count.is_none() && args.duration.is_none() {
+        return Err(mistake(
+            "'--until-gone' waits at the end of a run, and this one has none: give '--count' or '--duration'",
+        ));
+    }
     // Without a number to reach, somebody watches: a human pace. With one, somebody waits.
     let watched = args.count.is_none();
     let human_rate = watched.then_some(HUMAN_RATE * args.connections as f64);
@@ -331,6 +349,28 @@ mod tests {
     }
 
     #[test]
+    fn alone_it_takes_the_flags_of_the_pair() {
+        let bare = roles("--log.format json --count 7 --close-delay 1s");
+        assert_eq!(bare.client.unwrap().count, Some(7));
+        assert_eq!(bare.server.unwrap().close_delay, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        fn check(command: &clap::Command) {
+            for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
+                let long = arg.get_long().unwrap_or_default();
+                if !matches!(long, "help" | "version") {
+                    let expected = format!("ECHOSCOPE_{}", long.replace(['-', '.'], "_").to_uppercase());
+                    assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
+                }
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
     fn with_a_count_it_goes_as_fast_as_it_can() {
         let bounded = roles("pair --connections 8 --count 200 --duration 30s");
         let (server, client) = (bounded.server.unwrap(), bounded.client.unwrap());
@@ -361,6 +401,13 @@ mod tests {
             ("client a:1 --connections 0", "--connections"),
             ("client a:1 --duration soon", "soon"),
             ("pair --close server-first --idle-timeout 0s", "--idle-timeout"),
+            ("client a:1 --until-gone", "--until-gone"),
+            ("--count 0", "--count"),
+            ("--count 5 --bogus", "--count"),
+            ("--workers 100000", "--workers"),
+            ("server --drain-timeout 18446744073709551615s", "--drain-timeout"),
+            ("server --follow-limit 18446744073709551615", "--follow-limit"),
+            ("client a:1 --connections 99999999", "--connections"),
             ("--web.listen-address none health", "--web.listen-address"),
             ("health ftp://x", "ftp://x"),
         ] {

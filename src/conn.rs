@@ -124,6 +124,16 @@ impl Conn {
         if self.life.state() == State::FinWait1 {
             self.settle_count();
         }
+        if let Some(error) = &self.error {
+            // It was not ours to end any more.
+            self.reason.get_or_insert(Reason::of(error));
+        }
+    }
+
+    /// What ended it before its time, as far as that was noticed.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Error> {
+        self.error.as_ref()
     }
 
     /// Finds a reading of the segment count that is not ahead of the state: what is counted waits for the socket's

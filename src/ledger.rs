@@ -201,22 +201,53 @@ impl Ledger {
         lives
     }
 
-    /// Whether the other end of `flow` is ours too, and was seen to enter `state`. Walks the ledger, the youngest
+    /// Whether the other end of this connection is ours too, and was seen to enter `state`. Walks the ledger, the latest
     /// ends first: for rare questions.
     #[must_use]
-    pub fn other_end_entered(&self, flow: Flow, state: State) -> bool {
+    pub fn other_end_entered(&self, id: &Identity, state: State) -> bool {
         if !self.roles.iter().all(|role| role.load(Ordering::Relaxed)) {
             return false;
         }
-        let flow = flow.canonical();
+        let Some(opened) = self.shard(id.cookie).get(&id.cookie).map(|life| life.opened) else { return false };
+        let flow = id.flow.canonical();
         let other = Flow { local: flow.peer, peer: flow.local };
-        let did = |life: &Life| {
-            life.flow.canonical() == other
-                && life.steps().any(|s| s.to == state && s.evidence != Evidence::Inferred && s.step == Step::Arrow)
+        // An earlier connection may have had the same addresses: its end says nothing of this one. A server's end begins
+        // after its client's; of a server's possible clients the youngest is the one.
+        let in_order = |life: &Life| match id.role {
+            Role::Client => life.opened >= opened,
+            Role::Server => life.opened <= opened,
         };
-        let ended = || lock(&self.ended).iter().rev().any(did);
+        let is_other = |life: &&Life| life.role != id.role && life.flow.canonical() == other && in_order(life);
+        let answer = |life: &Life| {
+            let seen = |s: Taken| s.to == state && s.evidence != Evidence::Inferred && s.step == Step::Arrow;
+            (life.opened, life.steps().any(seen))
+        };
+        let ended = || lock(&self.ended).iter().rev().find(is_other).map(answer);
+        let living = || {
+            let of = |shard: &Mutex<HashMap<u64, Life>>| lock(shard).values().filter(is_other).map(answer).max();
+            self.living.iter().filter_map(of).max()
+        };
+        let youngest = match id.role {
+            // No second one can have begun after this client did.
+            Role::Client => ended().or_else(living),
+            Role::Server => ended().max(living()),
+        };
         // Lives move from the living to the ended, and may do so between the two looks.
-        ended() || self.living.iter().any(|shard| lock(shard).values().any(did)) || ended()
+        youngest.or_else(ended).is_some_and(|(_, did)| did)
+    }
+
+    /// How many lives that are not over are in each state, listeners left out. States without any are left out too.
+    #[must_use]
+    pub fn states(&self) -> Vec<(State, u64)> {
+        let mut counts = State::ALL.map(|state| (state, 0));
+        for shard in &self.living {
+            for life in lock(shard).values() {
+                if let Some((_, count)) = counts.iter_mut().find(|(state, _)| *state == life.state) {
+                    *count += 1;
+                }
+            }
+        }
+        counts.into_iter().filter(|(state, count)| *count > 0 && *state != State::Listen).collect()
     }
 
     /// How many lives go on.
@@ -299,6 +330,34 @@ mod tests {
             kept[0].steps().map(|s| s.to).collect::<Vec<_>>(),
             [State::SynSent, State::Established, State::Close]
         );
+    }
+
+    #[test]
+    fn an_earlier_connection_with_the_same_addresses_does_not_vouch() {
+        let ledger = Ledger::default();
+        let (a, b) = ("127.0.0.1:40000".parse().unwrap(), "127.0.0.1:7007".parse().unwrap());
+        let client = |cookie| Identity { cookie, role: Role::Client, port: 7007, flow: Flow { local: a, peer: b } };
+        let server = |cookie| Identity { cookie, role: Role::Server, port: 7007, flow: Flow { local: b, peer: a } };
+        let at = Duration::from_secs;
+        let close_wait = |cookie, when| {
+            ledger.open(&server(cookie), State::Listen, when);
+            let mut life = Lifecycle::accepted(when);
+            for state in [State::Established, State::CloseWait] {
+                life.observe(when, state, Evidence::TcpInfo).iter().for_each(|t| ledger.step(&server(cookie), t));
+            }
+            life
+        };
+        ledger.open(&client(1), State::Close, at(1));
+        let mut earlier = close_wait(2, at(2));
+        assert!(ledger.other_end_entered(&client(1), State::CloseWait));
+        earlier.observe(at(3), State::Close, Evidence::TcpInfo).iter().for_each(|t| ledger.step(&server(2), t));
+        assert!(ledger.other_end_entered(&client(1), State::CloseWait), "also when it has ended");
+        ledger.open(&client(3), State::Close, at(4));
+        ledger.open(&server(4), State::Listen, at(5));
+        assert!(!ledger.other_end_entered(&client(3), State::CloseWait), "that was the connection before");
+        close_wait(4, at(5));
+        assert!(ledger.other_end_entered(&client(3), State::CloseWait));
+        assert!(!ledger.other_end_entered(&server(4), State::CloseWait), "of its client nothing was seen");
     }
 
     #[test]

@@ -45,14 +45,17 @@ pub fn listen(config: &ListenConfig) -> io::Result<StdListener> {
     Ok(socket.into())
 }
 
-/// Lets a listener that is about to close finish the handshakes it began, and begin as few new ones as possible. With
-/// CAP_NET_ADMIN none: SYNs go unanswered, and their peers try again elsewhere or later. Without it, by a backlog of
-/// 0: SYNs go unanswered while anyone waits (`sk_acceptq_is_full`), and one that comes in the last instant before the
-/// close is reset.
-pub fn wind_down(listener: &StdListener) {
-    if filter::refuse_new_handshakes(listener.as_fd()).is_err()
-        && let Err(error) = SockRef::from(listener).listen(0)
-    {
+/// Lets a listener that is about to close finish the handshakes it began and begin no new ones: SYNs go unanswered, and
+/// their peers try again elsewhere or later. Returns whether that is permitted (CAP_NET_ADMIN).
+#[must_use]
+pub fn refuse_new(listener: &StdListener) -> bool {
+    filter::refuse_new_handshakes(listener.as_fd()).is_ok()
+}
+
+/// The second best of [`refuse_new`]: by a backlog of 0 SYNs go unanswered while anyone waits (`sk_acceptq_is_full`).
+/// One that comes in the last instant before the close is reset.
+pub fn take_fewer(listener: &StdListener) {
+    if let Err(error) = SockRef::from(listener).listen(0) {
         tracing::debug!(%error, "cannot shrink the accept queue");
     }
 }
@@ -71,14 +74,8 @@ impl AcceptFaults {
     /// For the service called `what`.
     #[must_use]
     pub fn new(what: &'static str, metrics: &Metrics) -> AcceptFaults {
-        AcceptFaults {
-            what,
-            descriptors: metrics.accept_errors("descriptors"),
-            memory: metrics.accept_errors("memory"),
-            connection: metrics.accept_errors("connection"),
-            other: metrics.accept_errors("other"),
-            warned: OnceAMinute::default(),
-        }
+        let [descriptors, memory, connection, other] = metrics.accept_errors(what);
+        AcceptFaults { what, descriptors, memory, connection, other, warned: OnceAMinute::default() }
     }
 
     /// Counts an error; returns whether the next try should wait.

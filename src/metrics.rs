@@ -69,6 +69,9 @@ pub struct TargetMetrics {
     pub close: Histogram,
 }
 
+/// What accept(2) may want for, as a label.
+pub const ACCEPT_ERRORS: [&str; 4] = ["descriptors", "memory", "connection", "other"];
+
 /// Every metric of the process.
 pub struct Metrics {
     registry: Registry,
@@ -174,11 +177,12 @@ impl Metrics {
         }
         let accept_errors = make.counters(
             "accept_errors_total",
-            "accept(2) errors; descriptors and memory are waited for.",
-            &["reason"],
+            "accept(2) errors, by listening service; descriptors and memory are waited for.",
+            &["service", "reason"],
         );
-        for reason in ["descriptors", "memory", "connection", "other"] {
-            accept_errors.with_label_values(&[reason]);
+        let services = scope.has(Role::Server).then_some("echo").into_iter().chain(["web"]);
+        for (service, reason) in services.flat_map(|s| ACCEPT_ERRORS.map(|reason| (s, reason))) {
+            accept_errors.with_label_values(&[service, reason]);
         }
         Metrics {
             roles: [role(Role::Server), role(Role::Client)],
@@ -233,10 +237,10 @@ impl Metrics {
         &self.targets[index]
     }
 
-    /// The counter of accept(2) errors of one kind.
+    /// The counters of accept(2) errors of one listening service, in the order of [`ACCEPT_ERRORS`].
     #[must_use]
-    pub fn accept_errors(&self, reason: &str) -> IntCounter {
-        self.accept_errors.with_label_values(&[reason])
+    pub fn accept_errors(&self, service: &str) -> [IntCounter; ACCEPT_ERRORS.len()] {
+        ACCEPT_ERRORS.map(|reason| self.accept_errors.with_label_values(&[service, reason]))
     }
 
     /// The metrics of one use of the socket table: `census` or `follow`.
@@ -309,8 +313,9 @@ impl TableGauges {
             ),
             oldest: make.float_gauges(
                 "tcp_oldest_seconds",
-                "Age of the oldest socket in a state: own connections by what was observed of them, TIME_WAIT \
-                 by the kernel's timer; 0 when there is none.",
+                "Age of the oldest socket in a state, of those whose age is known: own connections by what was \
+                 observed of them, TIME_WAIT by the kernel's timer. 0 where there is none; absent where there are \
+                 some and no age is known.",
                 &["role", "port", "state"],
             ),
             queue_length: make.gauges(

@@ -2,6 +2,7 @@
 //!
 //! Must not know: the client, the web side.
 
+mod drain;
 mod echo;
 mod lives;
 
@@ -11,9 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::task::TaskTracker;
 
 use crate::afterlife::Afterlife;
@@ -21,11 +23,11 @@ use crate::census::Census;
 use crate::config::{RuntimeShape, ServerConfig};
 use crate::conn::Conn;
 use crate::kernel::clock;
-use crate::ledger::Reason;
-use crate::listener::{AcceptFaults, ListenConfig, accept, accept_queued, listen, wind_down};
-use crate::shutdown::Stop;
+use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
+use crate::shutdown::{Stop, Verdict};
 use crate::tcp::Role;
-use lives::Lives;
+use echo::Served;
+use lives::ListenerLife;
 
 /// A server whose address is known and taken; connections already queue.
 pub struct Bound {
@@ -83,15 +85,6 @@ impl Bound {
     }
 }
 
-/// How the drain went.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Verdict {
-    /// Connections that were open or queued when the end began.
-    pub open: u64,
-    /// Those that were reset at the deadline.
-    pub aborted: u64,
-}
-
 /// What all connections of a server share.
 struct Shared {
     config: ServerConfig,
@@ -101,13 +94,17 @@ struct Shared {
     census: Arc<Census>,
     drained: AtomicU64,
     aborted: AtomicU64,
+    /// Connections that a peer ended by a RST, or the network, since the end began.
+    lost: AtomicU64,
+    /// Handshakes that the end left unfinished.
+    unfinished: AtomicU64,
 }
 
 /// Serves until `stop`, then drains: what waits in the accept queue is still served, every byte that was acknowledged
 /// is echoed, every connection ends with FINs, until the stop's deadline resets what is left.
 ///
 /// # Errors
-/// When a worker's thread or event loop cannot be made.
+/// When a worker's thread or event loop cannot be made, or a worker fails.
 pub async fn run(
     bound: Bound,
     limit: usize,
@@ -121,29 +118,39 @@ pub async fn run(
         faults: AcceptFaults::new("echo", afterlife.journal().metrics()),
         drained: AtomicU64::new(0),
         aborted: AtomicU64::new(0),
+        lost: AtomicU64::new(0),
+        unfinished: AtomicU64::new(0),
         config,
         address,
         afterlife,
         census,
     });
-    let lives = Lives::open(&listeners, address, at, shared.afterlife.journal());
     tracing::info!(%address, max_connections = limit, "echo server listening");
     // What the connections see: it is cut at the deadline too.
     let accepting = Stop::new();
-    let mut workers = Vec::new();
+    let mut workers = JoinSet::new();
     let count = listeners.len();
     for (i, listener) in listeners.into_iter().enumerate() {
         // Each listening socket has its own queue, so each has its own share: a common pot would be held by those who
         // wait.
         let share = limit / count + usize::from(i < limit % count);
         let permits = Arc::new(Semaphore::new(share.clamp(1, Semaphore::MAX_PERMITS)));
-        let worker = serve(listener, permits, Arc::clone(&shared), accepting.clone());
-        workers.push(match shape {
-            RuntimeShape::Shared => tokio::spawn(worker),
-            RuntimeShape::PerCore => on_own_thread(i, worker)?,
-        });
+        let life = ListenerLife::open(&listener, address, at, shared.afterlife.journal());
+        let worker = serve(listener, life, permits, Arc::clone(&shared), accepting.clone());
+        match shape {
+            RuntimeShape::Shared => workers.spawn(worker),
+            RuntimeShape::PerCore => workers.spawn(on_own_thread(i, worker)),
+        };
     }
-    stop.begun().await;
+    let failed = tokio::select! {
+        () = stop.begun() => None,
+        // None ends before it is told to, unless it failed; then the others end at once too.
+        ended = workers.join_next() => {
+            accepting.cut();
+            let error = ended.and_then(|ended| worked(ended).err());
+            Some(error.unwrap_or_else(|| anyhow!("an echo worker ended before its time")))
+        }
+    };
     let open = shared.afterlife.journal().metrics().role(Role::Server).open.get();
     shared.drained.store(u64::try_from(open).unwrap_or(0), Ordering::Relaxed);
     accepting.begin();
@@ -156,8 +163,8 @@ pub async fn run(
     };
     tokio::pin!(deadline);
     let all = async {
-        for worker in workers {
-            worker.await.context("echo worker")?;
+        while let Some(ended) = workers.join_next().await {
+            worked(ended)?;
         }
         anyhow::Ok(())
     };
@@ -166,39 +173,40 @@ pub async fn run(
         done = &mut all => done?,
         () = &mut deadline => all.await?,
     }
-    lives.close(shared.afterlife.journal());
-    Ok(Verdict { open: shared.drained.load(Ordering::Relaxed), aborted: shared.aborted.load(Ordering::Relaxed) })
+    failed.map_or_else(|| Ok(shared.verdict()), Err)
 }
 
-/// A worker with a runtime of its own on a thread of its own.
-fn on_own_thread(
+fn worked(ended: Result<anyhow::Result<()>, JoinError>) -> anyhow::Result<()> {
+    ended.context("echo worker")?.context("echo worker")
+}
+
+/// Runs a worker with a runtime of its own on a thread of its own.
+async fn on_own_thread(
     index: usize,
-    worker: impl Future<Output = ()> + Send + 'static,
-) -> anyhow::Result<tokio::task::JoinHandle<()>> {
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("make a worker's runtime")?;
+    worker: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+) -> anyhow::Result<()> {
     let (done, wait) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name(format!("echo-{index}"))
         .spawn(move || {
-            runtime.block_on(worker);
-            let _ = done.send(());
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let worked = runtime.context("make a worker's runtime").and_then(|runtime| runtime.block_on(worker));
+            let _ = done.send(worked);
         })
         .context("start a worker's thread")?;
-    Ok(tokio::spawn(async move {
-        let _ = wait.await;
-    }))
+    wait.await.context("a worker's thread failed")?
 }
 
 /// Accepts until `stop`, then serves what still waits, closes the listener, and waits for its connections.
-async fn serve(listener: StdListener, permits: Arc<Semaphore>, shared: Arc<Shared>, stop: Stop) {
+async fn serve(
+    listener: StdListener,
+    life: Option<ListenerLife>,
+    permits: Arc<Semaphore>,
+    shared: Arc<Shared>,
+    stop: Stop,
+) -> anyhow::Result<()> {
     let tasks = TaskTracker::new();
-    let listener = match TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => {
-            return tracing::error!(%error, "cannot watch the echo listener");
-        }
-    };
+    let listener = TcpListener::from_std(listener).context("watch the echo listener")?;
     loop {
         let next = async {
             let permit = permit(&permits).await;
@@ -210,69 +218,14 @@ async fn serve(listener: StdListener, permits: Arc<Semaphore>, shared: Arc<Share
             (permit, (stream, peer)) = next => start(&tasks, stream, peer, permit, &shared, &stop),
         }
     }
-    match listener.into_std() {
-        Ok(listener) => serve_queued(&listener, &tasks, &permits, &shared, &stop).await,
-        Err(error) => tracing::error!(%error, "cannot empty the accept queue"),
+    let listener = listener.into_std().context("empty the accept queue")?;
+    drain::serve_queued(listener, &tasks, &permits, &shared, &stop).await;
+    if let Some(life) = life {
+        life.close(shared.afterlife.journal());
     }
     tasks.close();
     tasks.wait().await;
-}
-
-/// Empties the accept queue before the listener is closed: closing resets what still waits in it.
-async fn serve_queued(
-    listener: &StdListener,
-    tasks: &TaskTracker,
-    permits: &Arc<Semaphore>,
-    shared: &Arc<Shared>,
-    stop: &Stop,
-) {
-    wind_down(listener);
-    settle_handshakes(shared, stop).await;
-    loop {
-        let permit = tokio::select! {
-            biased;
-            permit = permit(permits) => permit,
-            () = stop.was_cut() => break,
-        };
-        match accept_queued(listener, &shared.faults) {
-            Ok(Some((stream, peer))) => {
-                start(tasks, stream, peer, permit, shared, stop);
-            }
-            Ok(None) => return,
-            Err(_no_descriptor_yet) => {
-                tokio::select! {
-                    () = tokio::time::sleep(Duration::from_millis(20)) => {}
-                    () = stop.was_cut() => break,
-                }
-            }
-        }
-    }
-    // The deadline passed with a full house: those that still wait are taken only to be reset, so that each is told
-    // and counted.
-    while let Ok(Some((stream, peer))) = accept_queued(listener, &shared.faults) {
-        shared.drained.fetch_add(1, Ordering::Relaxed);
-        if let Some(mut conn) = accepted(stream, peer, shared) {
-            conn.abort(Reason::DrainAborted);
-            count_aborted(shared, 1);
-        }
-    }
-}
-
-/// Handshakes that were begun when SYNs were still taken finish within a round trip; they are waited for, for at most
-/// a second.
-async fn settle_handshakes(shared: &Arc<Shared>, stop: &Stop) {
-    let port = shared.address.port();
-    for _ in 0..50 {
-        let census = Arc::clone(&shared.census);
-        let pending = tokio::task::spawn_blocking(move || census.handshakes_in_progress(&[port])).await;
-        if !matches!(pending, Ok(Ok(true))) {
-            return;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(20)) => {}
-            () = stop.was_cut() => return,
-        }
-    }
+    Ok(())
 }
 
 async fn permit(permits: &Arc<Semaphore>) -> OwnedSemaphorePermit {
@@ -294,8 +247,11 @@ fn start(
         let (shared, stop) = (Arc::clone(shared), stop.clone());
         tasks.spawn(async move {
             let failure = CountPanic(&shared);
-            let aborted = echo::echo(conn, &shared.config, &stop).await;
-            count_aborted(&shared, u64::from(aborted));
+            match echo::echo(conn, &shared.config, &stop).await {
+                Served::Well => {}
+                Served::Lost => drop(stop.has_begun().then(|| shared.lost.fetch_add(1, Ordering::Relaxed))),
+                Served::Aborted => count_aborted(&shared, 1),
+            }
             drop((failure, permit));
         });
     }
@@ -322,4 +278,16 @@ impl Drop for CountPanic<'_> {
 fn count_aborted(shared: &Shared, count: u64) {
     shared.aborted.fetch_add(count, Ordering::Relaxed);
     shared.afterlife.journal().metrics().drain_aborted.inc_by(count);
+}
+
+impl Shared {
+    fn verdict(&self) -> Verdict {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Verdict {
+            open: read(&self.drained),
+            lost: read(&self.lost),
+            aborted: read(&self.aborted),
+            unfinished: read(&self.unfinished),
+        }
+    }
 }

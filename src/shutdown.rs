@@ -94,6 +94,27 @@ pub struct DrainConfig {
     pub timeout: Duration,
 }
 
+/// How a drain went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Connections that were open or queued when the end began.
+    pub open: u64,
+    /// Those that the peer reset, or the network failed, meanwhile: not our doing.
+    pub lost: u64,
+    /// Those that were reset because time was up.
+    pub aborted: u64,
+    /// Handshakes that had begun and were not finished when time was up: their peers may think to be connected.
+    pub unfinished: u64,
+}
+
+impl Verdict {
+    /// Whether nothing was cut short.
+    #[must_use]
+    pub fn is_clean(self) -> bool {
+        self.aborted == 0 && self.unfinished == 0
+    }
+}
+
 /// Begins `stop` at the first SIGTERM or SIGINT, with the drain's deadline, and cuts it at the second.
 ///
 /// # Errors

@@ -4,13 +4,13 @@
 
 mod api;
 mod page;
+mod peers;
 pub mod probe;
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener as StdListener};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -22,26 +22,18 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use crate::census::Census;
 use crate::journal::Journal;
-use crate::kernel::clock;
 use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
 use crate::metrics;
 use crate::shutdown::Stop;
-
-/// Connections served at once; one more, and the one that has been idle for the longest time goes.
-const CONNECTIONS: usize = 64;
+use peers::{Peer, Peers};
 
 /// A request's headers must be there within this time, also on a connection kept alive: longer than the usual scrape
 /// interval of 15 s, so that a scraper keeps its connection, and short enough that a slow one cannot hold it.
 const HEADERS: Duration = Duration::from_secs(20);
-
-/// The first request of a connection must be there within this time, and the whole of an answer be taken within that.
-const FIRST: Duration = Duration::from_secs(5);
-const ANSWER: Duration = Duration::from_secs(10);
 
 /// At the end, answers under way may take so long.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -140,8 +132,8 @@ async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>,
     tokio::pin!(serving);
     let served = tokio::select! {
         served = serving.as_mut() => served,
-        () = peer.overdue() => Ok(()),
-        () = peer.shown_out.notified() => Ok(()),
+        () = peer.overdue(HEADERS) => Ok(()),
+        () = peer.shown_out() => Ok(()),
         () = stop.begun() => {
             serving.as_mut().graceful_shutdown();
             serving.await
@@ -150,70 +142,6 @@ async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>,
     peers.leave(&peer);
     if let Err(error) = served {
         tracing::debug!(%error, "web connection");
-    }
-}
-
-/// Who is connected. When the house is full, whoever has asked for nothing for the longest time is shown out: a
-/// crowd that asks for nothing must not keep a probe waiting.
-#[derive(Default)]
-struct Peers(Mutex<VecDeque<Arc<Peer>>>);
-
-impl Peers {
-    fn enter(&self) -> Arc<Peer> {
-        let peer = Arc::new(Peer::default());
-        let mut all = self.lock();
-        all.push_back(Arc::clone(&peer));
-        if all.len() > CONNECTIONS {
-            let last = |peer: &Arc<Peer>| peer.last_asked.load(Ordering::Relaxed);
-            let longest = (0..all.len()).min_by_key(|i| last(&all[*i]));
-            if let Some(peer) = longest.and_then(|i| all.remove(i)) {
-                peer.shown_out.notify_one();
-            }
-        }
-        peer
-    }
-
-    fn leave(&self, gone: &Arc<Peer>) {
-        self.lock().retain(|peer| !Arc::ptr_eq(peer, gone));
-    }
-
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Peer>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Whether a connection's peer asks, and takes its answers.
-#[derive(Default)]
-struct Peer {
-    requests: AtomicU64,
-    /// When the last request came, in nanoseconds of the monotonic clock; 0 before the first.
-    last_asked: AtomicU64,
-    shown_out: Notify,
-}
-
-impl Peer {
-    fn asked(&self) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        let now = u64::try_from(clock::monotonic().as_nanos()).unwrap_or(u64::MAX);
-        self.last_asked.store(now, Ordering::Relaxed);
-    }
-
-    /// Waits until the peer has asked for nothing for longer than any scraper pauses: whether it is silent, sends its
-    /// headers a byte at a time, or does not take its answer.
-    async fn overdue(&self) {
-        tokio::time::sleep(FIRST).await;
-        let mut seen = self.requests.load(Ordering::Relaxed);
-        if seen == 0 {
-            return;
-        }
-        loop {
-            tokio::time::sleep(HEADERS + ANSWER).await;
-            let now = self.requests.load(Ordering::Relaxed);
-            if now == seen {
-                return;
-            }
-            seen = now;
-        }
     }
 }
 

@@ -33,11 +33,12 @@ const PATIENT: Duration = Duration::from_secs(1);
 /// By text every question costs the whole table.
 const EAGER_BY_TEXT: Duration = Duration::from_millis(100);
 
-/// TCP_TIMEWAIT_LEN: a TIME_WAIT that lasted so long has run out; one that did not was ended by something that cannot
-/// be known without privilege (reuse by a new connection, a RST, SOCK_DESTROY).
-const TIME_WAIT: Duration = Duration::from_secs(60);
+/// Where a connection can be whose descriptor is closed.
+const AFTER_CLOSE: StateSet =
+    StateSet::of(&[State::FinWait1, State::FinWait2, State::Closing, State::LastAck, State::TimeWait]);
 
 /// One connection being followed.
+#[expect(clippy::struct_excessive_bools, reason = "four independent facts")]
 struct Followed {
     departed: Departed,
     /// When to look again, unless it rests: then all resting ones are read together.
@@ -48,6 +49,10 @@ struct Followed {
     seen: bool,
     /// Asked for and not found yet.
     pending: bool,
+    /// Absent from the last reading by text, which may pass over rows that move meanwhile: absence is believed twice.
+    missed: bool,
+    /// When its minisocket's timer will have run out, by the last reading.
+    expires: Duration,
 }
 
 pub(super) struct Follower {
@@ -109,7 +114,7 @@ impl Follower {
                 self.moving.retain(|c| followed.get(c).is_some_and(|f| !f.resting));
             }
             self.listen_while_anyone_moves();
-            tokio::time::sleep(GATHER).await;
+            tokio::time::sleep(self.breath()).await;
         }
     }
 
@@ -152,6 +157,8 @@ impl Follower {
                 resting: false,
                 seen: false,
                 pending: false,
+                missed: false,
+                expires: Duration::ZERO,
             };
             self.followed.insert(cookie, followed);
             self.moving.push(cookie);
@@ -228,7 +235,7 @@ impl Follower {
             if let Some(followed) = self.followed.get_mut(cookie) {
                 followed.pending = true;
                 if !by_cookie {
-                    by_flow.insert(followed.departed.id.flow, *cookie);
+                    by_flow.insert(followed.departed.id.flow.unscoped(), *cookie);
                 }
             }
         }
@@ -265,11 +272,20 @@ impl Follower {
     /// Takes note of what the table says of one connection, `None` when it has it no more.
     fn note(&mut self, cookie: u64, row: Option<&Row>) {
         let now = clock::monotonic();
+        let by_cookie = self.by_cookie();
         let Some(f) = self.followed.get_mut(&cookie) else { return };
         let life = &mut f.departed.life;
         let before = life.state();
-        // By addresses alone, a state before TIME_WAIT means that the addresses are somebody else's now.
-        let row = row.filter(|row| row.cookie.is_some() || before != State::TimeWait || row.state == before);
+        // By addresses alone, a state that a closed descriptor cannot be in, or one before TIME_WAIT, means that the
+        // addresses are somebody else's now.
+        let can_be_ours =
+            |row: &&Row| AFTER_CLOSE.contains(row.state) && (before != State::TimeWait || row.state == before);
+        let row = row.filter(|row| row.cookie.is_some() || can_be_ours(row));
+        if row.is_none() && !by_cookie && !std::mem::replace(&mut f.missed, true) {
+            f.next = now + EAGER_BY_TEXT;
+            return;
+        }
+        f.missed = false;
         let (left, known) = (f.departed.left.take(), f.departed.known);
         let transitions = match (row.map(|row| row.state), left) {
             (Some(State::TimeWait), Some((at, known))) => {
@@ -280,7 +296,7 @@ impl Follower {
             (None, Some((at, known))) => life.observe_knowing(at, State::Close, Evidence::TcpInfo, &known),
             (None, None) => {
                 let cause = match before {
-                    State::TimeWait if now.saturating_sub(life.since()) >= TIME_WAIT => Some(Cause::Expired),
+                    State::TimeWait if now >= f.expires => Some(Cause::Expired),
                     State::TimeWait => None,
                     _ => f.departed.cause_if_gone,
                 };
@@ -295,6 +311,7 @@ impl Follower {
         if !std::mem::replace(&mut f.seen, true) {
             self.shared.unseen.fetch_sub(1, Ordering::AcqRel);
         }
+        f.expires = row.map_or(f.expires, |row| now + row.expires);
         let over = row.is_none();
         let rests = row.is_some_and(|row| row.state == State::TimeWait || row.timer == TIMEWAIT_TIMER);
         if over || rests {
@@ -330,6 +347,12 @@ impl Follower {
             tracing::warn!(%error, "no destroy events: orphans are polled only");
             self.events = None;
         }
+    }
+
+    /// The pause between two readings, however many connections close meanwhile. By text each reading costs the whole
+    /// table.
+    fn breath(&self) -> Duration {
+        if self.by_cookie() { GATHER } else { (self.dump_cost * DUTY).clamp(GATHER, PATIENT) }
     }
 
     fn eager(&self) -> Duration {

@@ -8,8 +8,9 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::exchange::{self, Buffers, EchoError};
+use super::outcome::Outcome;
 use super::pace::Ticket;
-use super::summary::{Outcome, Stats};
+use super::stats::{Share, Stats};
 use super::target::{OneTarget, Targets, backoff};
 use crate::afterlife::Afterlife;
 use crate::config::{ClientConfig, CloseMode};
@@ -44,11 +45,11 @@ impl Failure {
 
 impl Worker {
     /// Takes one turn. `stop` ends pauses and tries; `ending` is cut when the time for everything is up.
-    pub(super) async fn open(&self, ticket: Ticket, stop: &Stop, ending: &Stop) {
+    pub(super) async fn open(&self, ticket: Ticket, share: &Share, stop: &Stop, ending: &Stop) {
         let target = self.targets.of(ticket.number);
         let mut again = 0;
         let result = loop {
-            let result = self.attempt(target, &ticket, stop, ending).await;
+            let result = self.attempt(target, &ticket, share, stop, ending).await;
             match &result {
                 Err(failure) if failure.outcome.may_be_tried_again() && again < self.config.retries => {}
                 _ => break result,
@@ -56,7 +57,7 @@ impl Worker {
             if stop.has_begun() {
                 break result;
             }
-            self.stats.retried();
+            share.retried();
             let wait = backoff(again);
             again += 1;
             tokio::select! {
@@ -65,10 +66,10 @@ impl Worker {
             }
         };
         match result {
-            Ok(()) => self.stats.done(Outcome::Ok),
-            Err(Failure { outcome: Outcome::CutShort, .. }) => self.stats.cut_short(),
+            Ok(()) => share.done(Outcome::Ok),
+            Err(Failure { outcome: Outcome::CutShort, .. }) => share.done(Outcome::CutShort),
             Err(Failure { outcome, error }) => {
-                self.stats.done(outcome);
+                share.done(outcome);
                 if let Some(times) = self.warned.due(clock::monotonic()) {
                     let (target_name, outcome) = (target.name(), outcome.label());
                     tracing::warn!(target_name, outcome, error, times, "connection failed");
@@ -78,7 +79,14 @@ impl Worker {
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
-    async fn attempt(&self, target: &OneTarget, ticket: &Ticket, stop: &Stop, ending: &Stop) -> Result<(), Failure> {
+    async fn attempt(
+        &self,
+        target: &OneTarget,
+        ticket: &Ticket,
+        share: &Share,
+        stop: &Stop,
+        ending: &Stop,
+    ) -> Result<(), Failure> {
         let resolved = timeout(self.config.connect_timeout, target.addresses()).await;
         let addresses = match resolved.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())) {
             Ok(addresses) => addresses,
@@ -91,10 +99,10 @@ impl Worker {
                     // From when it was due: what it waited for a turn, or for the target to come back, is part of it.
                     let took = ticket.due.elapsed();
                     self.metrics(target).connect.observe(took.as_secs_f64());
-                    self.stats.connected(took);
+                    share.connected(took);
                     return tokio::select! {
                         biased;
-                        lived = self.live(&mut conn, target, ticket.number, stop) => lived,
+                        lived = self.live(&mut conn, target, ticket.number, share, stop) => lived,
                         () = ending.was_cut() => {
                             conn.abort(Reason::DrainAborted);
                             self.afterlife.journal().metrics().drain_aborted.inc();
@@ -113,7 +121,14 @@ impl Worker {
     }
 
     /// Echoes and closes.
-    async fn live(&self, conn: &mut Conn, target: &OneTarget, number: u64, stop: &Stop) -> Result<(), Failure> {
+    async fn live(
+        &self,
+        conn: &mut Conn,
+        target: &OneTarget,
+        number: u64,
+        share: &Share,
+        stop: &Stop,
+    ) -> Result<(), Failure> {
         let metrics = self.metrics(target);
         let mut random = fastrand::Rng::with_seed(fastrand::u64(..) ^ number);
         let mut buffers = Buffers::default();
@@ -128,7 +143,7 @@ impl Worker {
                 Ok(Ok(())) => {
                     let took = began.elapsed();
                     metrics.echo.observe(took.as_secs_f64());
-                    self.stats.echoed(took);
+                    share.echoed(took);
                 }
                 Ok(Err(error)) => return Err(self.failed_echo(conn, &error)),
                 Err(_elapsed) => {
@@ -141,7 +156,7 @@ impl Worker {
             }
         }
         pause(self.config.hold, stop).await;
-        self.close(conn, metrics).await
+        self.close(conn, metrics, share).await
     }
 
     fn failed_echo(&self, conn: &mut Conn, error: &EchoError) -> Failure {
@@ -167,7 +182,7 @@ impl Worker {
         tracing::error!(peer = %conn.flow().peer, %error, "echo mismatch");
     }
 
-    async fn close(&self, conn: &mut Conn, metrics: &TargetMetrics) -> Result<(), Failure> {
+    async fn close(&self, conn: &mut Conn, metrics: &TargetMetrics, share: &Share) -> Result<(), Failure> {
         if self.config.close == CloseMode::Reset {
             conn.abort(Reason::Aborted);
             return Ok(());
@@ -180,10 +195,16 @@ impl Worker {
         match timeout(self.config.close_timeout, until_end(conn)).await {
             Ok(Ok(0)) => {
                 conn.shutdown();
+                if let Some(error) = conn.failure() {
+                    // Their FIN, and then a RST instead of the ACK of ours.
+                    return Err(Failure::new(Outcome::of_echo(error), format!("{peer}: {error}")));
+                }
                 conn.because(Reason::Graceful);
-                let took = began.elapsed();
-                metrics.close.observe(took.as_secs_f64());
-                self.stats.closed(took);
+                if self.config.close == CloseMode::Graceful {
+                    let took = began.elapsed();
+                    metrics.close.observe(took.as_secs_f64());
+                    share.closed(took);
+                }
                 Ok(())
             }
             Ok(Ok(surplus)) => {

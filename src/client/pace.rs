@@ -3,6 +3,7 @@
 //! Open-loop: the schedule does not wait for anyone, and an open that comes late is measured from when it was due
 //! (otherwise a stall would hide every open that it delayed: "coordinated omission").
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ pub(super) struct Pace {
     count: Option<u64>,
     end: Option<Instant>,
     next: AtomicU64,
+    handed_out: AtomicU64,
+    /// When the run was told to stop, if it was.
+    stopped: OnceLock<Instant>,
 }
 
 /// One turn.
@@ -40,13 +44,23 @@ impl Pace {
             count,
             end: duration.and_then(|d| start.checked_add(d)),
             next: AtomicU64::new(0),
+            handed_out: AtomicU64::new(0),
+            stopped: OnceLock::new(),
         }
+    }
+
+    /// How many turns were due before the end of the duration, or before the stop, and never taken.
+    pub(super) fn unopened(&self) -> u64 {
+        let ends = [self.end, self.stopped.get().copied()];
+        let (Some(interval), Some(end)) = (self.interval, ends.into_iter().flatten().min()) else { return 0 };
+        let due = (end.saturating_duration_since(self.start).as_secs_f64() / interval).ceil() as u64;
+        due.min(self.count.unwrap_or(u64::MAX)).saturating_sub(self.handed_out.load(Ordering::Relaxed))
     }
 
     /// The next turn, when it is due; `None` when there will be no more.
     pub(super) async fn next(&self, stop: &Stop) -> Option<Ticket> {
         if stop.has_begun() {
-            return None;
+            return self.stopped();
         }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         if self.count.is_some_and(|count| number >= count) {
@@ -59,20 +73,31 @@ impl Pace {
             }
             None => Instant::now(),
         };
-        if self.end.is_some_and(|end| due >= end) {
+        // However many were due meanwhile: the end is the end.
+        if self.end.is_some_and(|end| due.max(Instant::now()) >= end) {
             return None;
         }
         if due > Instant::now() {
             tokio::select! {
                 () = tokio::time::sleep_until(due) => {}
-                () = stop.begun() => return None,
+                () = stop.begun() => return self.stopped(),
             }
             let now = Instant::now();
             if now - due <= TIMER_GRAIN {
-                return Some(Ticket { number, due: now });
+                return Some(self.hand_out(number, now));
             }
         }
-        Some(Ticket { number, due })
+        Some(self.hand_out(number, due))
+    }
+
+    fn hand_out(&self, number: u64, due: Instant) -> Ticket {
+        self.handed_out.fetch_add(1, Ordering::Relaxed);
+        Ticket { number, due }
+    }
+
+    fn stopped(&self) -> Option<Ticket> {
+        self.stopped.get_or_init(Instant::now);
+        None
     }
 }
 
@@ -109,5 +134,25 @@ mod tests {
         let waiting = forever.next(&stop);
         stop.begin();
         assert!(waiting.await.is_none());
+        assert_eq!(forever.unopened(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_due_and_never_opened_is_known_and_the_end_is_kept() {
+        let stop = Stop::new();
+        let pace = Pace::start(Some(10.0), None, Some(Duration::from_secs(2)));
+        for _ in 0..5 {
+            assert!(pace.next(&stop).await.is_some());
+        }
+        // Everybody is busy until long after the end.
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(pace.next(&stop).await.is_none(), "due before the end, but the end has passed");
+        assert_eq!(pace.unopened(), 15);
+        let stopped = Pace::start(Some(10.0), Some(12), Some(Duration::from_mins(1)));
+        assert!(stopped.next(&stop).await.is_some());
+        tokio::time::sleep(Duration::from_millis(550)).await;
+        stop.begin();
+        assert!(stopped.next(&stop).await.is_none());
+        assert_eq!(stopped.unopened(), 5, "0.1 s to 0.5 s");
     }
 }

@@ -1,7 +1,7 @@
 //! The targets: names resolved again and again, and those that refuse left alone for a while.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -66,7 +66,7 @@ impl OneTarget {
         if let Some(addresses) = self.fresh() {
             return Ok(addresses);
         }
-        let addresses: Vec<SocketAddr> = tokio::net::lookup_host(&self.target.name).await?.collect();
+        let addresses: Vec<SocketAddr> = tokio::net::lookup_host(&self.target.name).await?.map(reached).collect();
         if addresses.is_empty() {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
         }
@@ -91,6 +91,17 @@ impl OneTarget {
     }
 }
 
+/// The address that the kernel really connects to, and shows in its table: of the wildcard, this host (ip(7)); of an
+/// IPv4-mapped one, the IPv4 address.
+fn reached(address: SocketAddr) -> SocketAddr {
+    match (address.ip().to_canonical(), address) {
+        (IpAddr::V4(ip), _) if ip.is_unspecified() => (Ipv4Addr::LOCALHOST, address.port()).into(),
+        (IpAddr::V6(ip), _) if ip.is_unspecified() => (Ipv6Addr::LOCALHOST, address.port()).into(),
+        (ip @ IpAddr::V4(_), SocketAddr::V6(_)) => (ip, address.port()).into(),
+        _ => address,
+    }
+}
+
 /// How long to wait before try number `again` (from 0): doubling, with up to a quarter taken off at random so that
 /// many clients do not come back at once.
 pub(super) fn backoff(again: u32) -> Duration {
@@ -101,6 +112,20 @@ pub(super) fn backoff(again: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_are_those_that_the_kernel_shows() {
+        for (given, shown) in [
+            ("0.0.0.0:7", "127.0.0.1:7"),
+            ("[::]:7", "[::1]:7"),
+            ("[::ffff:10.0.0.1]:7", "10.0.0.1:7"),
+            ("[::ffff:0.0.0.0]:7", "127.0.0.1:7"),
+            ("[fe80::1%3]:7", "[fe80::1%3]:7"),
+            ("192.0.2.1:7", "192.0.2.1:7"),
+        ] {
+            assert_eq!(reached(given.parse().unwrap()).to_string(), shown);
+        }
+    }
 
     #[test]
     fn backoff_doubles_up_to_a_limit() {

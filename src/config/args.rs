@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::values::{Rate, Sizes, Span, TargetName, WebAddress};
@@ -54,8 +55,8 @@ pub(super) struct GlobalArgs {
     /// How to read the kernel's socket table; auto: the best permitted.
     #[arg(long, env = "ECHOSCOPE_OBSERVER", default_value = "auto", global = true)]
     pub(super) observer: ObserverArg,
-    /// How many closed connections to follow to their end at once (about 700 bytes each).
-    #[arg(long, env = "ECHOSCOPE_FOLLOW_LIMIT", default_value_t = 200_000, value_name = "N", global = true)]
+    /// How many closed connections to follow to their end at once (about 700 bytes each); 0: none.
+    #[arg(long, env = "ECHOSCOPE_FOLLOW_LIMIT", default_value_t = 200_000, value_name = "N", value_parser = up_to::<0, 100_000_000>, global = true)]
     pub(super) follow_limit: usize,
 }
 
@@ -107,7 +108,7 @@ pub(super) struct ClientArgs {
     #[command(flatten)]
     pub(super) load: LoadArgs,
     #[command(flatten)]
-    pub(super) drain: DeadlineArgs,
+    pub(super) drain: DrainArgs,
 }
 
 #[derive(Debug, Args)]
@@ -131,8 +132,8 @@ pub(super) struct ServeArgs {
     /// (cores are ours).
     #[arg(long, env = "ECHOSCOPE_RUNTIME", default_value = "shared", value_name = "SHAPE")]
     pub(super) runtime: RuntimeShape,
-    /// How many workers [default: one a core, at least two when shared].
-    #[arg(long, env = "ECHOSCOPE_WORKERS", value_name = "N", value_parser = at_least_one)]
+    /// How many workers [default: one a core, at least two when shared: a single one is unfair at many connections].
+    #[arg(long, env = "ECHOSCOPE_WORKERS", value_name = "N", value_parser = up_to::<1, 1024>)]
     pub(super) workers: Option<usize>,
 }
 
@@ -140,7 +141,7 @@ pub(super) struct ServeArgs {
 #[command(next_help_heading = "Client")]
 pub(super) struct LoadArgs {
     /// How many connections at once.
-    #[arg(long, env = "ECHOSCOPE_CONNECTIONS", default_value_t = 2, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, env = "ECHOSCOPE_CONNECTIONS", default_value_t = 2, value_name = "N", value_parser = up_to::<1, 1_000_000>)]
     pub(super) connections: usize,
     /// Opens a second over all connections, or max. Late opens are measured from when they were due [default: 1 for
     /// each of --connections; max with --count].
@@ -183,7 +184,7 @@ pub(super) struct LoadArgs {
     #[arg(long, env = "ECHOSCOPE_RESOLVE_INTERVAL", default_value = "30s", value_name = "DURATION")]
     pub(super) resolve_interval: Span,
     /// At the end, wait until the kernel has let go of every socket (TIME_WAIT: a minute).
-    #[arg(long, env = "ECHOSCOPE_UNTIL_GONE")]
+    #[arg(long, env = "ECHOSCOPE_UNTIL_GONE", value_parser = BoolishValueParser::new())]
     pub(super) until_gone: bool,
     /// How to print the summary to stdout.
     #[arg(long, env = "ECHOSCOPE_OUTPUT", default_value = "text", value_name = "FORMAT")]
@@ -196,13 +197,6 @@ pub(super) struct DrainArgs {
     /// After SIGTERM, go on as usual for so long, not ready, so that load balancers notice.
     #[arg(long, env = "ECHOSCOPE_DRAIN_DELAY", default_value = "0s", value_name = "DURATION")]
     drain_delay: Span,
-    #[command(flatten)]
-    deadline: DeadlineArgs,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Shutdown")]
-pub(super) struct DeadlineArgs {
     /// Then finish within so long; what is left is reset, counted, and makes the exit code 1.
     #[arg(long, env = "ECHOSCOPE_DRAIN_TIMEOUT", default_value = "10s", value_name = "DURATION")]
     drain_timeout: Span,
@@ -210,13 +204,7 @@ pub(super) struct DeadlineArgs {
 
 impl From<DrainArgs> for DrainConfig {
     fn from(args: DrainArgs) -> DrainConfig {
-        DrainConfig { delay: args.drain_delay.into(), ..args.deadline.into() }
-    }
-}
-
-impl From<DeadlineArgs> for DrainConfig {
-    fn from(args: DeadlineArgs) -> DrainConfig {
-        DrainConfig { delay: std::time::Duration::ZERO, timeout: args.drain_timeout.into() }
+        DrainConfig { delay: args.drain_delay.into(), timeout: args.drain_timeout.into() }
     }
 }
 
@@ -295,6 +283,8 @@ pub enum Output {
     Json,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    text.parse::<usize>().ok().filter(|n| *n >= 1).ok_or_else(|| "expected a number, at least 1".to_owned())
+/// A number between two bounds, both included.
+fn up_to<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|n| (LEAST..=MOST).contains(n));
+    number.ok_or_else(|| format!("expected a number from {LEAST} to {MOST}"))
 }

@@ -6,6 +6,9 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
+/// A duration that can be added to any moment; more is a slip of the finger.
+const LONGEST: Duration = Duration::from_hours(3653 * 24);
+
 /// `30s`, `200ms`, `1m30s`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Span(Duration);
@@ -23,7 +26,8 @@ impl FromStr for Span {
         if text == "0" {
             return Ok(Span(Duration::ZERO));
         }
-        humantime::parse_duration(text).map(Span).map_err(|e| format!("{e}; a duration reads 200ms, 30s or 1m30s"))
+        let span = humantime::parse_duration(text).map_err(|e| format!("{e}; a duration reads 200ms, 30s or 1m30s"))?;
+        if span > LONGEST { Err("ten years at most".to_owned()) } else { Ok(Span(span)) }
     }
 }
 
@@ -154,6 +158,16 @@ mod tests {
         assert_eq!(ok("1M"), 1 << 20..=1 << 20);
         for wrong in ["", "0", "k", "3..2", "..", "1..", "-1", "99999999999999999999", "1G", "é"] {
             assert!(wrong.parse::<Sizes>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn spans() {
+        assert_eq!(Duration::from("1m30s".parse::<Span>().unwrap()), Duration::from_secs(90));
+        assert_eq!(Duration::from("0".parse::<Span>().unwrap()), Duration::ZERO);
+        assert!("10years".parse::<Span>().is_ok());
+        for wrong in ["", "5", "-1s", "11years", "18446744073709551615s", "99999999999999999999999s"] {
+            assert!(wrong.parse::<Span>().is_err(), "{wrong}");
         }
     }
 

@@ -19,7 +19,7 @@ impl Conn {
         }
         let before = self.life.state();
         if let Some(error) = &self.error {
-            let (cause, came_after_fin) = cause_of(error, before);
+            let (cause, came_after_fin) = cause_of(error);
             known.cause = cause;
             // `tcp_reset` leaves EPIPE where the peer's FIN had come before, and ECONNRESET where not.
             match came_after_fin {
@@ -39,7 +39,7 @@ impl Conn {
         if self.fin_sent {
             (self.rtt, self.retransmits) = (info.rtt, info.retransmits);
             let several_ways = matches!(before, State::Established | State::FinWait1) && known.segments != Some(1);
-            if several_ways && self.afterlife.journal().ledger().other_end_entered(self.id.flow, State::CloseWait) {
+            if several_ways && self.afterlife.journal().ledger().other_end_entered(&self.id, State::CloseWait) {
                 // Both ends are ours, and the other one had our FIN before it sent its own: its FIN acknowledged ours.
                 known.never = known.never.with(State::Closing);
             }
@@ -82,10 +82,10 @@ impl Drop for Conn {
 
 /// What an error says of its cause, and whether it proves that the peer's FIN had (`true`) or had not (`false`) come
 /// before.
-fn cause_of(error: &Error, before: State) -> (Option<Cause>, Option<bool>) {
+fn cause_of(error: &Error) -> (Option<Cause>, Option<bool>) {
     match error.raw_os_error() {
+        // `tcp_reset` says ECONNREFUSED in SYN_SENT only: with ECONNRESET the handshake was over.
         Some(libc::ECONNREFUSED) => (Some(Cause::Refused), Some(false)),
-        Some(libc::ECONNRESET) if before == State::SynSent => (Some(Cause::Refused), Some(false)),
         Some(libc::ECONNRESET) => (Some(Cause::Reset), Some(false)),
         Some(libc::EPIPE) => (Some(Cause::Reset), Some(true)),
         Some(libc::ETIMEDOUT) => (Some(Cause::Timeout), None),

@@ -59,7 +59,7 @@ impl Conn {
         let failed = match connecting {
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => None,
             // No SYN was sent: no local port, no route, not permitted. The life never began, but the attempt counts.
-            Err(e) if no_syn(&e) => {
+            Err(e) if !answers_a_syn(&e) => {
                 let journal = afterlife.journal();
                 journal.open(&id, State::Close, began);
                 journal.close(&id, Reason::of(&e));
@@ -137,40 +137,29 @@ impl Conn {
     /// Takes the SYN back: shutdown(2) of both directions ends a handshake at once (`inet_shutdown`), and only a
     /// handshake.
     fn give_up(&mut self) {
-        let _ = SockRef::from(self.stream()).shutdown(Shutdown::Both);
+        let taken_back = SockRef::from(self.stream()).shutdown(Shutdown::Both).is_ok();
         match TcpInfo::of(self.stream().as_fd()) {
+            // ENOTCONN: the answer came at this very moment, and it was a no.
+            Ok(info) if !taken_back => self.see(&info, Known::default()),
             Ok(info) if info.state == State::Close => {
                 let never = StateSet::of(&[State::Established, State::SynRecv]);
                 let known = Known { never, cause: Some(Cause::Timeout), ..Known::default() };
                 self.record(&info, State::Close, &known);
             }
-            // The answer came at this very moment: it is a connection now, and our FIN is out.
+            // The answer came at this very moment, and it is a connection now; our FIN is out.
             Ok(info) => {
                 self.fin_sent = true;
                 self.see(&info, Known::default());
             }
             Err(error) => tracing::debug!(%error, "TCP_INFO"),
         }
-        self.error = Some(ErrorKind::TimedOut.into());
+        self.error.get_or_insert_with(|| ErrorKind::TimedOut.into());
     }
 }
 
-/// Whether connect(2) failed before it sent anything.
-fn no_syn(error: &Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::EADDRNOTAVAIL
-                | libc::ENETUNREACH
-                | libc::EHOSTUNREACH
-                | libc::EACCES
-                | libc::EPERM
-                | libc::EINVAL
-                | libc::EAFNOSUPPORT
-                | libc::ENOBUFS
-                | libc::ENOMEM
-        )
-    )
+/// Whether an error of connect(2) itself can be the answer to a SYN. Every other one came before anything was sent.
+fn answers_a_syn(error: &Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::ECONNRESET | libc::ETIMEDOUT))
 }
 
 fn unspecified(like: SocketAddr) -> SocketAddr {

@@ -105,7 +105,7 @@ impl Table {
                 let wanted = Wanted::new(StateSet::of(&State::ALL), &[flow.local.port()], &[]);
                 let mut found = None;
                 procfs::each(&wanted, &mut |row: &Row| {
-                    if row.flow == *flow {
+                    if row.flow == flow.unscoped() {
                         found = Some(*row);
                     }
                 })?;

@@ -105,7 +105,7 @@ impl Queue {
                 (state.bar.clone(), state.stopping)
             };
             let lost = self.lost.get();
-            let overdue = last_told.is_none_or(|t| t.elapsed() >= Duration::from_secs(60));
+            let overdue = last_told.is_none_or(|t| t.elapsed() >= Duration::from_mins(1));
             if lost > told && (overdue || stopping) {
                 format::warn_lost(format, lost - told, &mut batch);
                 told = lost;

@@ -114,14 +114,15 @@ impl Paint {
 
 /// `12:00:01.123 WARN  message  key=value`
 pub(super) fn plain(event: &Event<'_>, colour: bool, line: &mut String) {
-    struct Fields<'a> {
-        line: &'a mut String,
+    #[derive(Default)]
+    struct Fields {
+        message: String,
         rest: String,
     }
-    impl Visit for Fields<'_> {
+    impl Visit for Fields {
         fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
             if field.name() == "message" {
-                put!(self.line, "{value:?}");
+                put!(self.message, "{value:?}");
             } else {
                 put!(self.rest, "  {}={value:?}", field.name());
             }
@@ -143,10 +144,9 @@ pub(super) fn plain(event: &Event<'_>, colour: bool, line: &mut String) {
     let time = timestamp(clock::unix()).to_string();
     put!(line, "{}{}{} ", paint.of("2"), clock_of(&time), paint.end());
     put!(line, "{}{:<5}{} ", paint.of(code), level.as_str(), paint.end());
-    let mut fields = Fields { line, rest: String::new() };
+    let mut fields = Fields::default();
     event.record(&mut fields);
-    let rest = std::mem::take(&mut fields.rest);
     // A control character from outside (an error's text, a name) must not move the reader's cursor.
-    let shown = rest.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
-    line.extend(shown);
+    let text = fields.message.chars().chain(fields.rest.chars());
+    line.extend(text.map(|c| if c.is_control() { '\u{fffd}' } else { c }));
 }

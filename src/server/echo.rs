@@ -14,6 +14,7 @@ use crate::config::ServerConfig;
 use crate::conn::Conn;
 use crate::ledger::Reason;
 use crate::shutdown::Stop;
+use crate::tcp::State;
 
 /// Large enough that streaming costs little more than the copies themselves; twice as much gains nothing.
 const BUFFER: usize = 128 * 1024;
@@ -34,8 +35,18 @@ enum Moved {
     End,
 }
 
-/// Serves one connection to its end. Returns whether it had to be reset because the server's time was up.
-pub(super) async fn echo(mut conn: Conn, config: &ServerConfig, stop: &Stop) -> bool {
+/// How the service of one connection ended.
+pub(super) enum Served {
+    /// With FINs, or as it was told to.
+    Well,
+    /// The peer reset it, or the network failed.
+    Lost,
+    /// It was reset because the server's time was up.
+    Aborted,
+}
+
+/// Serves one connection to its end.
+pub(super) async fn echo(mut conn: Conn, config: &ServerConfig, stop: &Stop) -> Served {
     let mut idle = config.idle_timeout.map(Idle::new);
     let served = match serve(&mut conn, config, stop, &mut idle).await {
         Ok(Next::Ended) => Ok(Reason::Graceful),
@@ -45,19 +56,31 @@ pub(super) async fn echo(mut conn: Conn, config: &ServerConfig, stop: &Stop) -> 
             Ok(Reason::Idle)
         }
         Ok(Next::CloseFirst(reason, rest)) => {
+            // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
+            let patience = config.idle_timeout.filter(|_| reason == Reason::Idle);
             tokio::select! {
                 biased;
-                closed = close_first(&mut conn, config, reason, rest) => closed.map(|()| reason),
+                closed = within(patience, close_first(&mut conn, rest)) => match closed {
+                    Some(closed) => closed.map(|()| reason),
+                    // Our FIN is out and theirs does not come: the kernel waits for it from now on.
+                    None if matches!(conn.state(), State::FinWait1 | State::FinWait2) => Ok(reason),
+                    // Nor do they take what they are owed.
+                    None => {
+                        conn.abort(reason);
+                        Ok(reason)
+                    }
+                },
                 () = stop.was_cut() => {
                     conn.abort(Reason::DrainAborted);
-                    return true;
+                    return Served::Aborted;
                 }
             }
         }
         Err(error) => Err(error),
     };
+    let lost = served.is_err() || conn.failure().is_some();
     conn.because(served.unwrap_or_else(|error| Reason::of(&error)));
-    false
+    if lost { Served::Lost } else { Served::Well }
 }
 
 /// How the service of a connection goes on.
@@ -117,7 +140,7 @@ async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut O
 /// Ends the connection from our side: what is owed and what the peer has had acknowledged is echoed, then our FIN,
 /// then its FIN is awaited. To close with unread data would send a RST (RFC 9293 section 3.10.4), and the peer might
 /// lose what it has not yet read.
-async fn close_first(conn: &mut Conn, config: &ServerConfig, reason: Reason, mut owed: Vec<u8>) -> Result<()> {
+async fn close_first(conn: &mut Conn, mut owed: Vec<u8>) -> Result<()> {
     let mut waiting = conn.hold_payload();
     loop {
         while !owed.is_empty() {
@@ -143,10 +166,14 @@ async fn close_first(conn: &mut Conn, config: &ServerConfig, reason: Reason, mut
         tokio::task::coop::consume_budget().await;
     }
     conn.shutdown();
-    // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
-    match (reason, config.idle_timeout) {
-        (Reason::Idle, Some(patience)) => tokio::time::timeout(patience, until_end(conn)).await.unwrap_or(Ok(())),
-        _ => until_end(conn).await,
+    until_end(conn).await
+}
+
+/// Waits for `work`, for so long at most, if there is a limit.
+async fn within<T>(patience: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
+    match patience {
+        Some(patience) => tokio::time::timeout(patience, work).await.ok(),
+        None => Some(work.await),
     }
 }
 

@@ -64,7 +64,7 @@ impl Sockets<'_> {
             oldest_seconds: State::ALL
                 .into_iter()
                 .filter(|state| s.count(*state) > 0)
-                .map(|state| (state.label(), s.oldest(state).as_secs_f64()))
+                .filter_map(|state| Some((state.label(), s.oldest(state)?.as_secs_f64())))
                 .collect(),
             accept_queue: s.accept_queue.map(|q| Queue { length: q.length, limit: q.limit }),
         });

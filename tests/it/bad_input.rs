@@ -94,6 +94,12 @@ fn a_mistake_is_named_before_anything_is_bound() {
         ("server --log.level loud", &["--log.level", "loud"]),
         ("server --observer stars", &["--observer", "stars"]),
         ("server --follow-limit -1", &["-1"]),
+        ("server --follow-limit 18446744073709551615", &["--follow-limit", "18446744073709551615"]),
+        ("server --drain-timeout 18446744073709551615s", &["--drain-timeout", "18446744073709551615s"]),
+        ("server --workers 99999", &["--workers", "99999"]),
+        ("--count none", &["--count", "none"]),
+        ("--bogus", &["--bogus"]),
+        ("client a:1 --until-gone", &["--until-gone"]),
         ("pair --close sideways", &["--close", "sideways"]),
         ("pair --close server-first --idle-timeout 0s", &["--close server-first", "--idle-timeout 0s"]),
         ("client", &["HOST:PORT"]),
@@ -130,7 +136,9 @@ fn a_mistake_is_named_before_anything_is_bound() {
         assert_usage(command().args(arguments.split(' ')), named);
     }
     // What comes from the environment is held to the same.
-    for (variable, flag) in [("ECHOSCOPE_RATE", "--rate"), ("ECHOSCOPE_LISTEN", "--listen")] {
+    for (variable, flag) in
+        [("ECHOSCOPE_RATE", "--rate"), ("ECHOSCOPE_LISTEN", "--listen"), ("ECHOSCOPE_UNTIL_GONE", "--until-gone")]
+    {
         let mut echoscope = command();
         assert_usage(echoscope.arg("pair").env(variable, "nonsense"), &[flag, "nonsense"]);
     }
@@ -153,7 +161,8 @@ fn cannot_start(arguments: &[&str]) -> String {
     assert_eq!((status.code(), out.as_str()), (Some(1), ""), "{lines:#?}");
     let [line] = &lines[..] else { panic!("one message was expected: {lines:#?}") };
     assert_eq!(line["level"], "ERROR");
-    line["message"].as_str().expect("a message").to_owned()
+    assert_eq!(line["message"], "cannot go on");
+    line["error"].as_str().expect("an error").to_owned()
 }
 
 #[test]
@@ -220,7 +229,8 @@ impl Ended {
         assert_eq!(self.code, Some(i32::from(outcome != "ok")));
         let warnings = self.lines.iter().filter(|line| line["message"] == "connection failed").count();
         assert_eq!(warnings, usize::from(outcome != "ok"));
-        assert_eq!(self.summary["still_followed"].as_u64().unwrap() > 0, self.ends_in("TIME_WAIT"), "{}", self.summary);
+        let left = self.summary["still_in_kernel"]["TIME_WAIT"].as_u64().is_some();
+        assert_eq!(left, self.ends_in("TIME_WAIT"), "{}", self.summary);
     }
 
     fn ends_in(&self, state: &str) -> bool {
@@ -480,8 +490,9 @@ fn a_target_that_stalls() {
         let end = against(manner, &["--echo-timeout", "200ms", "--message-size", size]);
         end.assert_all("echo_timeout", 6);
         end.assert_walks(&OPEN, ("ESTABLISHED", "abort"));
-        let stays = end.lives.iter().filter_map(|changes| changes.last().unwrap().after);
-        assert!(stays.clone().count() == 6 && stays.clone().all(|s| (0.2..5.0).contains(&s)), "{:?}", end.lives);
+        // Our RST ended it, but a FIN could have come just before: how long it was ESTABLISHED is not claimed.
+        let last = |changes: &Vec<Change>| changes.last().unwrap().clone();
+        assert!(end.lives.iter().map(last).all(|c| c.via.is_some() && c.after.is_none()), "{:?}", end.lives);
         assert_eq!(end.summary["echoes"], 0);
     }
 }

@@ -18,7 +18,7 @@ use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 use crate::support::{Echoscope, Metrics, PATIENCE, command, get, lives, until, walk};
 
 const STOPPING: &str = "stopping; a second signal ends it at once";
-const CLEAN: &str = "drained: every connection ended cleanly";
+const CLEAN: &str = "drained: nothing was cut short";
 const CUT: &str = "drain cut short: connections were reset";
 
 /// What a peer writes or reads at a time.
@@ -144,6 +144,64 @@ fn nobody_who_connects_at_the_last_moment_is_reset() {
     });
     let (_, lines) = end(server, 0);
     assert_eq!(one(&lines, CLEAN)["aborted"], 0);
+}
+
+/// Peers that finished the handshake from their own side, while the queue was full and their ACKs were dropped: they
+/// think to be connected, and they are right.
+#[test]
+#[ignore = "needs CAP_NET_ADMIN"]
+fn who_is_connected_by_his_own_account_only_is_served_too() {
+    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+    let arguments = ["--max-connections", "1", "--accept-backlog", "8", "--drain-timeout", "60s"];
+    for server in [server(&arguments), server_without_capabilities(&arguments)] {
+        let address = server.server();
+        // Their SYN+ACKs are lost, so that they are still in the handshake when the others fill the queue.
+        let late: Vec<Socket> = (0..5)
+            .map(|_| {
+                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+                socket.attach_filter(&[SockFilter::new(RETURN, 0, 0, 0)]).unwrap();
+                socket.set_nonblocking(true).unwrap();
+                let _in_progress = socket.connect(&address.into());
+                socket
+            })
+            .collect();
+        let queued: Vec<Peer> = (0..10).map(|i| Peer::connect(address, i)).collect();
+        until("a full queue", || (present(&server.metrics()) == 10.0).then_some(()));
+        let late: Vec<Peer> = late
+            .into_iter()
+            .enumerate()
+            .map(|(i, socket)| {
+                socket.detach_filter().unwrap();
+                until("a SYN+ACK", || (TcpInfo::of(socket.as_fd()).unwrap().state == State::Established).then_some(()));
+                socket.set_nonblocking(false).unwrap();
+                Peer::over(socket.into(), 100 + i as u64)
+            })
+            .collect();
+        assert_eq!(server.metrics().sockets("server", address.port(), "syn_recv"), 5.0, "they are not in the queue");
+        server.signal("TERM");
+        server.message(STOPPING);
+        // What is sent into a full queue is dropped and repeated seconds later: those who are in it go first.
+        for peers in [&queued, &late] {
+            thread::scope(|scope| {
+                for peer in peers {
+                    scope.spawn(|| {
+                        peer.send(1000);
+                        peer.stream.shutdown(Shutdown::Write).unwrap();
+                        let received = peer.read_back(0, u64::MAX);
+                        assert!(
+                            [0, 1000].contains(&received),
+                            "{received}: all of it, or nothing if the end came first"
+                        );
+                        peer.assert_not_reset();
+                    });
+                }
+            });
+        }
+        let (_, lines) = end(server, 0);
+        assert_nobody_reset(&lines);
+        let verdict = one(&lines, CLEAN);
+        assert_eq!((&verdict["open"], &verdict["unfinished"]), (&Value::from(15), &Value::from(0)), "{verdict}");
+    }
 }
 
 #[test]
@@ -401,6 +459,11 @@ fn a_client_whose_echo_never_comes_is_cut_short_at_the_deadline() {
     assert_eq!(status.code(), Some(1), "{lines:#?}");
     let summary: Value = serde_json::from_str(&summary).unwrap();
     assert_eq!(summary["cut_short"], 2, "{summary}");
+    let verdict = one(&lines, CUT);
+    assert_eq!(
+        (&verdict["role"], &verdict["open"], &verdict["aborted"]),
+        (&Value::from("client"), &Value::from(2), &Value::from(2))
+    );
     drop(accepted);
 }
 
@@ -430,7 +493,11 @@ fn a_pair_ends_as_one() {
         let (status, summary, lines) = pair.wait();
         assert_eq!(status.code(), Some(0), "{lines:#?}");
         assert_eq!(one(&lines, STOPPING)["signal"], format!("SIG{signal}"));
-        assert_eq!(one(&lines, CLEAN)["aborted"], 0);
+        for role in ["client", "server"] {
+            let verdict: Vec<_> = lines.iter().filter(|l| l["message"] == CLEAN && l["role"] == role).collect();
+            assert_eq!(verdict.len(), 1, "{role}: {verdict:?}");
+            assert_eq!(verdict[0]["aborted"], 0, "{verdict:?}");
+        }
         assert_all_came_back(&serde_json::from_str(&summary).unwrap(), 64);
         assert_nobody_reset(&lines);
     }
@@ -527,7 +594,8 @@ fn server(arguments: &[&str]) -> Echoscope {
 
 /// What the server does by CAP_NET_ADMIN it must do without it too, as well as it can: also when the tests run as root.
 fn server_without_capabilities(arguments: &[&str]) -> Echoscope {
-    if !rustix::process::geteuid().is_root() {
+    let status = std::fs::read_to_string("/proc/self/status").expect("read status");
+    if status.lines().any(|line| line.starts_with("CapEff:") && line.ends_with("\t0000000000000000")) {
         return server(arguments);
     }
     let plain = command();
@@ -854,8 +922,9 @@ fn clean_end_left(server: Echoscope, open: u64, active: u64) -> Vec<Value> {
     // Of many, a few may be gone already: a late duplicate ends a TIME_WAIT (RFC 1337).
     let left = left.len() as u64;
     assert!(left <= active && left + active / 10 >= active, "{left} of {active}; gone: {gone:#?}");
-    let left_in_kernel = verdict["left_in_kernel"].as_u64().unwrap();
-    assert!((left..=open).contains(&left_in_kernel), "{left}; {verdict}");
+    let left_in_kernel = verdict["left_in_kernel"].as_str().unwrap();
+    let named = if left == 0 { "nothing".to_owned() } else { format!("TIME_WAIT {left}") };
+    assert_eq!(left_in_kernel, named, "{verdict}");
     lines
 }
 
@@ -887,6 +956,10 @@ fn assert_passive_close(lines: &[Value]) {
 fn clean_summary(client: Echoscope, message_size: u64) -> Value {
     let (stdout, lines) = end(client, 0);
     assert_nobody_reset(&lines);
+    if lines.iter().any(|line| line["message"] == STOPPING) {
+        let verdict = one(&lines, CLEAN);
+        assert_eq!((&verdict["role"], &verdict["aborted"]), (&Value::from("client"), &Value::from(0)), "{verdict}");
+    }
     let summary = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("{e}: {stdout}"));
     assert_all_came_back(&summary, message_size);
     summary

@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Only a failing test waits so long.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Polls until `found` returns something.
 pub fn until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
@@ -45,7 +46,7 @@ struct Log {
 
 /// A port that no socket has or had, not even a TIME_WAIT: the kernel does not hand these out by itself, so that the counts on it are the
 /// test's own.
-fn quiet_port() -> u16 {
+pub fn quiet_port() -> u16 {
     static TAKEN: AtomicU32 = AtomicU32::new(0);
     let known = ["/proc/net/tcp", "/proc/net/tcp6"].map(|file| std::fs::read_to_string(file).unwrap_or_default());
     loop {
@@ -143,10 +144,17 @@ impl Echoscope {
         reachable(&self.message("web side listening")["address"])
     }
 
-    /// Sends a signal by its number-free name, as kill(1) takes it.
+    /// Sends a signal, named as kill(1) takes it.
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args(["-s", name, &self.pid().to_string()]).status().expect("kill");
-        assert!(status.success());
+        let signal = match name {
+            "TERM" => Signal::TERM,
+            "INT" => Signal::INT,
+            "STOP" => Signal::STOP,
+            "CONT" => Signal::CONT,
+            _ => panic!("no signal {name}"),
+        };
+        let pid = Pid::from_raw(self.pid().cast_signed()).expect("a pid");
+        kill_process(pid, signal).expect("kill");
     }
 
     /// Waits for its end; returns the status, stdout and every log line.
