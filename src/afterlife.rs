@@ -5,6 +5,7 @@
 //! orphans to hear of. Runs on a thread of its own, which sleeps while nobody is followed. Must not know: how a
 //! connection came to be closed.
 
+mod followed;
 mod follower;
 
 use std::io;

@@ -3,20 +3,19 @@
 //! Must not know: how any number is found.
 
 mod maker;
+mod table;
 mod transitions;
 
 use std::sync::{Mutex, PoisonError};
 
-use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
-    TextEncoder,
-};
+use prometheus::{Encoder, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
 use crate::kernel::Observer;
 use crate::ledger::Reason;
 use crate::scope::Scope;
 use crate::tcp::{Role, State, Transition};
 use maker::{Maker, opts};
+pub use table::{ObserverMetrics, TableGauges};
 use transitions::Transitions;
 
 /// The value of `Content-Type` for [`Metrics::render`].
@@ -285,84 +284,6 @@ impl Metrics {
         TextEncoder::new().encode(&families, &mut page)?;
         Ok(page)
     }
-}
-
-/// The gauges that only a reading of the kernel's table can fill.
-pub struct TableGauges {
-    /// By role, port, state.
-    pub sockets: IntGaugeVec,
-    /// By role, port, state; seconds.
-    pub oldest: GaugeVec,
-    /// By port.
-    pub queue_length: IntGaugeVec,
-    /// By port.
-    pub queue_limit: IntGaugeVec,
-    /// By target.
-    pub ports_used: IntGaugeVec,
-    /// By target.
-    pub ports_limit: IntGaugeVec,
-}
-
-impl TableGauges {
-    fn new(make: &Maker<'_>) -> TableGauges {
-        TableGauges {
-            sockets: make.gauges(
-                "tcp_sockets",
-                "Sockets in the kernel's table at the time of the scrape, by state; in this network namespace.",
-                &["role", "port", "state"],
-            ),
-            oldest: make.float_gauges(
-                "tcp_oldest_seconds",
-                "Age of the oldest socket in a state, of those whose age is known: own connections by what was \
-                 observed of them, TIME_WAIT by the kernel's timer. 0 where there is none; absent where there are \
-                 some and no age is known.",
-                &["role", "port", "state"],
-            ),
-            queue_length: make.gauges(
-                "accept_queue_length",
-                "Connections that wait for accept(2) (Recv-Q of the listener in ss).",
-                &["port"],
-            ),
-            queue_limit: make.gauges(
-                "accept_queue_limit",
-                "How many may wait (Send-Q of the listener in ss); absent when the observer cannot tell.",
-                &["port"],
-            ),
-            ports_used: make.gauges(
-                "local_ports_used",
-                "Local ports in use towards the target, TIME_WAIT included: the most of any pair of \
-                 addresses, for that is what runs out.",
-                &["target"],
-            ),
-            ports_limit: make.gauges(
-                "local_ports_limit",
-                "Local ports that connect(2) may choose from for one pair of addresses (ip_local_port_range \
-                 less reserved ports).",
-                &["target"],
-            ),
-        }
-    }
-
-    fn clear(&self) {
-        self.sockets.reset();
-        self.oldest.reset();
-        self.queue_length.reset();
-        self.queue_limit.reset();
-        self.ports_used.reset();
-        self.ports_limit.reset();
-    }
-}
-
-/// What one user of the socket table reports of itself.
-pub struct ObserverMetrics {
-    /// Seconds a reading took.
-    pub duration: Histogram,
-    /// Readings that failed.
-    pub errors: IntCounter,
-    /// Times that destroy events were lost.
-    pub lost_events: IntCounter,
-    /// Dumps under which the table changed.
-    pub interrupted: IntCounter,
 }
 
 /// The counter of log lines lost, made before the other metrics: logs start first.

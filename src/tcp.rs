@@ -4,12 +4,16 @@
 //! Must not know: sockets, metrics, logs.
 
 mod arrows;
+mod cause;
+mod evidence;
 mod lifecycle;
 
 use std::fmt;
 use std::net::SocketAddr;
 
 pub use arrows::{ARROWS, Arrow, Trigger};
+pub use cause::Cause;
+pub use evidence::Evidence;
 pub use lifecycle::{Known, Lifecycle, Step, Transition, Transitions};
 
 /// A TCP state, with the kernel's own number (`include/net/tcp_states.h`; RFC 9293 section 3.3.2 for the meaning).
@@ -254,123 +258,6 @@ pub struct Identity {
     pub port: u16,
     /// The addresses as the kernel has them.
     pub flow: Flow,
-}
-
-/// Who saw a state, strongest first. The weaker never passes for the stronger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(u8)]
-pub enum Evidence {
-    /// The kernel's own event, with the kernel's time.
-    Tracepoint = 0,
-    /// TCP_INFO read on our own descriptor (tcp(7)).
-    TcpInfo = 1,
-    /// The kernel's socket table by netlink, the socket identified by its cookie (sock_diag(7)).
-    SockDiag = 2,
-    /// The kernel's socket table as text, the socket identified by its addresses only (proc(5)).
-    Procfs = 3,
-    /// Nobody saw it: no other path leads from one state that was seen to the next.
-    Inferred = 4,
-}
-
-impl Evidence {
-    /// Every kind, strongest first.
-    pub const ALL: [Evidence; 5] =
-        [Evidence::Tracepoint, Evidence::TcpInfo, Evidence::SockDiag, Evidence::Procfs, Evidence::Inferred];
-
-    /// The metric label and log value.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Evidence::Tracepoint => "tracepoint",
-            Evidence::TcpInfo => "tcp_info",
-            Evidence::SockDiag => "sock_diag",
-            Evidence::Procfs => "procfs",
-            Evidence::Inferred => "inferred",
-        }
-    }
-}
-
-/// What moved a connection from one state to the next, where that is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum Cause {
-    /// listen(2).
-    Listen,
-    /// connect(2).
-    Connect,
-    /// accept(2) handed it to us: the third segment came earlier.
-    Accept,
-    /// A SYN arrived.
-    Syn,
-    /// A SYN+ACK arrived.
-    SynAck,
-    /// The ACK of our SYN or FIN arrived.
-    Ack,
-    /// The peer's FIN arrived.
-    PeerFin,
-    /// shutdown(2) for writing.
-    Shutdown,
-    /// close(2).
-    Close,
-    /// A RST arrived.
-    Reset,
-    /// We sent a RST (SO_LINGER 0, or closed with unread data).
-    Abort,
-    /// A RST answered our SYN: nobody listens there.
-    Refused,
-    /// Nobody answered in time: the kernel gave up retransmitting, or we gave up waiting for a handshake.
-    Timeout,
-    /// The network said that the peer cannot be reached.
-    Unreachable,
-    /// TIME_WAIT's clock ran down.
-    Expired,
-    /// Another program ended it (`ss -K`, SOCK_DESTROY).
-    Destroyed,
-}
-
-impl Cause {
-    /// Every cause.
-    pub const ALL: [Cause; 16] = [
-        Cause::Listen,
-        Cause::Connect,
-        Cause::Accept,
-        Cause::Syn,
-        Cause::SynAck,
-        Cause::Ack,
-        Cause::PeerFin,
-        Cause::Shutdown,
-        Cause::Close,
-        Cause::Reset,
-        Cause::Abort,
-        Cause::Refused,
-        Cause::Timeout,
-        Cause::Unreachable,
-        Cause::Expired,
-        Cause::Destroyed,
-    ];
-
-    /// The log value.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Cause::Listen => "listen",
-            Cause::Connect => "connect",
-            Cause::Accept => "accept",
-            Cause::Syn => "syn",
-            Cause::SynAck => "syn_ack",
-            Cause::Ack => "ack",
-            Cause::PeerFin => "peer_fin",
-            Cause::Shutdown => "shutdown",
-            Cause::Close => "close",
-            Cause::Reset => "reset",
-            Cause::Abort => "abort",
-            Cause::Refused => "refused",
-            Cause::Timeout => "timeout",
-            Cause::Unreachable => "unreachable",
-            Cause::Expired => "expired",
-            Cause::Destroyed => "destroyed",
-        }
-    }
 }
 
 #[cfg(test)]

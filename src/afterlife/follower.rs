@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use super::followed::{Followed, Noted, PATIENT};
 use super::{Departed, GATHER, Shared};
 use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, Wanted, clock};
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
-use crate::tcp::{Cause, Evidence, Known, State, StateSet};
+use crate::tcp::{Cause, Evidence, State, StateSet};
 
 /// What a lookup costs, and a dump at least (measured on Linux 6.18): the cheaper way is taken.
 const LOOKUP: Duration = Duration::from_micros(3);
@@ -25,35 +26,6 @@ const REST: Duration = Duration::from_millis(500);
 /// longer than is bearable: local ports are reused after a second, and whoever is not read piles up.
 const DUTY: u32 = 50;
 const LONGEST_REST: Duration = Duration::from_secs(4);
-
-/// How often an orphan whose FIN is under way is read: at first, and at last.
-const EAGER: Duration = Duration::from_millis(4);
-const PATIENT: Duration = Duration::from_secs(1);
-
-/// By text every question costs the whole table.
-const EAGER_BY_TEXT: Duration = Duration::from_millis(100);
-
-/// Where a connection can be whose descriptor is closed.
-const AFTER_CLOSE: StateSet =
-    StateSet::of(&[State::FinWait1, State::FinWait2, State::Closing, State::LastAck, State::TimeWait]);
-
-/// One connection being followed.
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts")]
-struct Followed {
-    departed: Departed,
-    /// When to look again, unless it rests: then all resting ones are read together.
-    next: Duration,
-    pause: Duration,
-    resting: bool,
-    /// Looked at once.
-    seen: bool,
-    /// Asked for and not found yet.
-    pending: bool,
-    /// Absent from the last reading by text, which may pass over rows that move meanwhile: absence is believed twice.
-    missed: bool,
-    /// When its minisocket's timer will have run out, by the last reading.
-    expires: Duration,
-}
 
 pub(super) struct Follower {
     shared: Arc<Shared>,
@@ -150,17 +122,7 @@ impl Follower {
         let mut due = Vec::with_capacity(arrived.len());
         for departed in arrived.drain(..) {
             let cookie = departed.id.cookie;
-            let followed = Followed {
-                departed,
-                next: Duration::ZERO,
-                pause: self.eager(),
-                resting: false,
-                seen: false,
-                pending: false,
-                missed: false,
-                expires: Duration::ZERO,
-            };
-            self.followed.insert(cookie, followed);
+            self.followed.insert(cookie, Followed::new(departed, self.evidence));
             self.moving.push(cookie);
             due.push(cookie);
         }
@@ -271,54 +233,12 @@ impl Follower {
 
     /// Takes note of what the table says of one connection, `None` when it has it no more.
     fn note(&mut self, cookie: u64, row: Option<&Row>) {
-        let now = clock::monotonic();
-        let by_cookie = self.by_cookie();
-        let Some(f) = self.followed.get_mut(&cookie) else { return };
-        let life = &mut f.departed.life;
-        let before = life.state();
-        // By addresses alone, a state that a closed descriptor cannot be in, or one before TIME_WAIT, means that the
-        // addresses are somebody else's now.
-        let can_be_ours =
-            |row: &&Row| AFTER_CLOSE.contains(row.state) && (before != State::TimeWait || row.state == before);
-        let row = row.filter(|row| row.cookie.is_some() || can_be_ours(row));
-        if row.is_none() && !by_cookie && !std::mem::replace(&mut f.missed, true) {
-            f.next = now + EAGER_BY_TEXT;
-            return;
-        }
-        f.missed = false;
-        let (left, known) = (f.departed.left.take(), f.departed.known);
-        let transitions = match (row.map(|row| row.state), left) {
-            (Some(State::TimeWait), Some((at, known))) => {
-                life.observe_knowing(at, State::TimeWait, self.evidence, &known)
-            }
-            (Some(state), _) => life.observe_knowing(now, state, self.evidence, &known),
-            // The descriptor itself said CLOSE, and there is no TIME_WAIT: it ended then.
-            (None, Some((at, known))) => life.observe_knowing(at, State::Close, Evidence::TcpInfo, &known),
-            (None, None) => {
-                let cause = match before {
-                    State::TimeWait if now >= f.expires => Some(Cause::Expired),
-                    State::TimeWait => None,
-                    _ => f.departed.cause_if_gone,
-                };
-                life.observe_knowing(now, State::Close, self.evidence, &Known { cause, ..known })
-            }
-        };
-        if !transitions.is_empty() {
-            // What was known concerned the time until now.
-            f.departed.known = Known::default();
-        }
-        self.shared.journal.record(&f.departed.id, &transitions);
-        if !std::mem::replace(&mut f.seen, true) {
+        let Some(followed) = self.followed.get_mut(&cookie) else { return };
+        let first = !followed.was_seen();
+        let Noted { transitions, over } = followed.note(clock::monotonic(), row, self.evidence);
+        self.shared.journal.record(&followed.departed.id, &transitions);
+        if first && followed.was_seen() {
             self.shared.unseen.fetch_sub(1, Ordering::AcqRel);
-        }
-        f.expires = row.map_or(f.expires, |row| now + row.expires);
-        let over = row.is_none();
-        let rests = row.is_some_and(|row| row.state == State::TimeWait || row.timer == TIMEWAIT_TIMER);
-        if over || rests {
-            f.resting = true;
-        } else {
-            f.next = now + f.pause;
-            f.pause = (f.pause * 2).min(PATIENT);
         }
         if over {
             self.followed.remove(&cookie);
@@ -355,10 +275,6 @@ impl Follower {
         if self.by_cookie() { GATHER } else { (self.dump_cost * DUTY).clamp(GATHER, PATIENT) }
     }
 
-    fn eager(&self) -> Duration {
-        if self.by_cookie() { EAGER } else { EAGER_BY_TEXT }
-    }
-
     /// A reading failed: counted, said, and tried again after a rest.
     fn failed(&mut self, error: &TableError) {
         self.metrics.errors.inc();
@@ -374,6 +290,3 @@ impl Follower {
         self.next_rest = again;
     }
 }
-
-/// `idiag_timer` of a minisocket: TIME_WAIT, or an orphan in FIN_WAIT2.
-const TIMEWAIT_TIMER: u8 = 3;

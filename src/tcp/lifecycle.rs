@@ -123,7 +123,7 @@ impl Lifecycle {
 
     /// [`observe`](Self::observe), with what else is certain about the time since the last observation.
     pub fn observe_knowing(&mut self, at: Duration, state: State, evidence: Evidence, known: &Known) -> Transitions {
-        let mut out = Transitions::new();
+        let mut out = Transitions::none();
         let to = state.shown();
         let at = at.max(self.since);
         if to == self.state {
@@ -248,7 +248,9 @@ pub struct Transitions {
 }
 
 impl Transitions {
-    fn new() -> Transitions {
+    /// Nothing.
+    #[must_use]
+    pub fn none() -> Transitions {
         Transitions { items: [None; LONGEST], len: 0 }
     }
 

@@ -35,7 +35,7 @@ fn lost_destroy_events_are_counted_and_made_good() {
     socket.set_recv_buffer_size(4096).unwrap();
     socket.connect(&server.server().into()).unwrap();
     let mut peer: std::net::TcpStream = socket.into();
-    peer.write_all(&[7; 100_000]).unwrap();
+    peer.write_all(&vec![7; 100_000]).unwrap();
     until("an orphan in FIN_WAIT1", || {
         let metrics = server.metrics();
         let orphan = metrics.sockets("server", server.server().port(), "fin_wait1") == 1.0

@@ -108,11 +108,6 @@ impl Echoscope {
         self.log.lines.lock().unwrap().0.clone()
     }
 
-    /// How many lines there are so far.
-    pub fn line_count(&self) -> usize {
-        self.log.lines.lock().unwrap().0.len()
-    }
-
     /// The first line that `wanted` accepts, waited for.
     pub fn line(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
