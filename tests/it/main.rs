@@ -7,6 +7,7 @@ mod fallback;
 mod floors;
 mod kernel_events;
 mod losses;
+mod modes;
 mod pair;
 mod support;
 mod web;
