@@ -15,7 +15,7 @@ use tracing::Level;
 use crate::kernel::Observer;
 use crate::log::{Format, LogConfig};
 use crate::shutdown::DrainConfig;
-use args::{Cli, ClientArgs, Command, LoadArgs, LogFormat, PairArgs, ServeArgs};
+use args::{Cli, ClientArgs, Command, Lifecycles, LoadArgs, LogFormat, PairArgs, ServeArgs};
 pub use args::{CloseMode, Output, RuntimeShape};
 pub use values::TargetName;
 
@@ -79,6 +79,8 @@ pub struct ServerConfig {
     pub backlog: u32,
     /// How long to stay in CLOSE_WAIT before our own FIN.
     pub close_delay: Duration,
+    /// Whether connections are observed, or served and counted only.
+    pub lifecycles: bool,
     /// One shared runtime, or one for each worker.
     pub shape: RuntimeShape,
     /// How many workers.
@@ -197,7 +199,10 @@ impl Command {
                 let listen_is_default = args.listen.is_none();
                 let listen = args.listen.map_or_else(|| default.parse().map_err(|_| mistake(default)), Ok)?;
                 let idle = optional(args.serve.idle_timeout.map(Duration::from));
-                let server = server(&args.serve, listen, listen_is_default, idle, Duration::ZERO);
+                let server = ServerConfig {
+                    lifecycles: args.lifecycles == Lifecycles::On,
+                    ..server(&args.serve, listen, listen_is_default, idle, Duration::ZERO)
+                };
                 Mode::Run(Box::new(Roles { server: Some(server), client: None, drain: args.drain.into() }))
             }
             Command::Client(ClientArgs { targets, load, drain }) => {
@@ -273,6 +278,7 @@ fn server(
         idle_timeout,
         backlog: args.accept_backlog,
         close_delay: args.close_delay.map_or(close_delay, Duration::from),
+        lifecycles: true,
         shape: args.runtime,
         workers: args.workers.unwrap_or(cores.max(least)),
     }

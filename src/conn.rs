@@ -23,7 +23,7 @@ use crate::ledger::Reason;
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
 
 /// A TCP connection that narrates its own life.
-#[expect(clippy::struct_excessive_bools, reason = "five independent facts, each of which can be true of any state")]
+#[expect(clippy::struct_excessive_bools, reason = "six independent facts, each of which can be true of any state")]
 pub struct Conn {
     stream: Option<TcpStream>,
     afterlife: Afterlife,
@@ -41,8 +41,9 @@ pub struct Conn {
     retransmits: u32,
     /// What ended it, read from SO_ERROR before the application asked: reading consumes it.
     error: Option<Error>,
-    /// When the descriptor was first seen to read CLOSE after a good end, and what was known then.
-    left: Option<(Duration, Known)>,
+    /// When the descriptor was first seen to read CLOSE after a good end, and what was known then. Boxed, because few
+    /// connections at a time have it and all would have to have room for it.
+    left: Option<Box<(Duration, Known)>>,
     reason: Option<Reason>,
     fin_sent: bool,
     /// The descriptor reported that the peer sends no more.
@@ -52,11 +53,19 @@ pub struct Conn {
     aborted: bool,
     /// A filter keeps payload out.
     held: bool,
+    /// Whether its states are observed at all.
+    watched: bool,
 }
 
 impl Conn {
     fn new(stream: TcpStream, id: Identity, life: Lifecycle, afterlife: Afterlife, at: Duration) -> Conn {
         afterlife.journal().open(&id, life.state(), at);
+        Conn::bare(stream, id, life, afterlife)
+    }
+
+    /// Counted, and not entered anywhere.
+    fn bare(stream: TcpStream, id: Identity, life: Lifecycle, afterlife: Afterlife) -> Conn {
+        afterlife.journal().count_open(id.role);
         Conn {
             stream: Some(stream),
             afterlife,
@@ -75,19 +84,14 @@ impl Conn {
             blind: false,
             aborted: false,
             held: false,
+            watched: true,
         }
     }
 
-    /// The state last observed.
+    /// Whether our FIN is out.
     #[must_use]
-    pub fn state(&self) -> State {
-        self.life.state()
-    }
-
-    /// Whether the peer has said that it sends no more.
-    #[must_use]
-    pub fn heard_end(&self) -> bool {
-        self.heard_end
+    pub fn sent_end(&self) -> bool {
+        self.fin_sent
     }
 
     /// Payload bytes read so far.
@@ -206,7 +210,7 @@ impl Conn {
 
     /// Reads TCP_INFO and takes note of what it proves.
     fn look(&mut self, known: Known) {
-        if self.life.is_over() || self.left.is_some() {
+        if self.life.is_over() || self.left.is_some() || !self.watched {
             return;
         }
         match TcpInfo::of(self.stream().as_fd()) {

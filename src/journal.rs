@@ -11,7 +11,7 @@ use crate::kernel::clock;
 use crate::ledger::{Ledger, Reason};
 use crate::log::STATES;
 use crate::metrics::Metrics;
-use crate::tcp::{Identity, State, Step, Transition, Transitions};
+use crate::tcp::{Identity, Role, State, Step, Transition, Transitions};
 
 /// Where observations become public.
 pub struct Journal {
@@ -26,16 +26,22 @@ impl Journal {
         Journal { metrics, ledger: Ledger::default() }
     }
 
-    /// A connection of ours begins: it has a descriptor.
-    pub fn open(&self, id: &Identity, state: State, at: Duration) {
-        let role = self.metrics.role(id.role);
+    /// A connection of ours has a descriptor.
+    pub fn count_open(&self, role: Role) {
+        let role = self.metrics.role(role);
         role.opened.inc();
         role.open.inc();
-        self.ledger.open(id, state, at);
     }
 
-    /// A listening socket of ours begins. It is narrated, but it is not a connection.
-    pub fn open_listener(&self, id: &Identity, state: State, at: Duration) {
+    /// The descriptor is closed.
+    pub fn count_close(&self, role: Role, reason: Reason) {
+        let role = self.metrics.role(role);
+        role.open.dec();
+        role.closed(reason).inc();
+    }
+
+    /// The life of a connection of ours begins.
+    pub fn open(&self, id: &Identity, state: State, at: Duration) {
         self.ledger.open(id, state, at);
     }
 
@@ -50,9 +56,7 @@ impl Journal {
 
     /// The descriptor is closed. The kernel may keep the connection for a while.
     pub fn close(&self, id: &Identity, reason: Reason) {
-        let role = self.metrics.role(id.role);
-        role.open.dec();
-        role.closed(reason).inc();
+        self.count_close(id.role, reason);
         self.ledger.close(id.cookie, reason);
     }
 

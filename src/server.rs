@@ -243,15 +243,17 @@ fn start(
     if stop.has_begun() {
         shared.drained.fetch_add(1, Ordering::Relaxed);
     }
-    if let Some(conn) = accepted(stream, peer, shared) {
+    if let Some(mut conn) = accepted(stream, peer, shared) {
         let (shared, stop) = (Arc::clone(shared), stop.clone());
         tasks.spawn(async move {
             let failure = CountPanic(&shared);
-            match echo::echo(conn, &shared.config, &stop).await {
+            match echo::echo(&mut conn, &shared.config, &stop).await {
                 Served::Well => {}
                 Served::Lost => drop(stop.has_begun().then(|| shared.lost.fetch_add(1, Ordering::Relaxed))),
                 Served::Aborted => count_aborted(&shared, 1),
             }
+            // The descriptor first: whoever takes the place may need it.
+            drop(conn);
             drop((failure, permit));
         });
     }
@@ -259,7 +261,11 @@ fn start(
 
 fn accepted(stream: TcpStream, peer: SocketAddr, shared: &Shared) -> Option<Conn> {
     let local = (!shared.address.ip().is_unspecified()).then_some(shared.address);
-    let conn = Conn::accepted(stream, peer, local, shared.address.port(), shared.afterlife.clone());
+    let port = shared.address.port();
+    if !shared.config.lifecycles {
+        return Some(Conn::unwatched(stream, peer, port, shared.afterlife.clone()));
+    }
+    let conn = Conn::accepted(stream, peer, local, port, shared.afterlife.clone());
     conn.inspect_err(|error| tracing::debug!(%error, %peer, "connection gone before it could be looked at")).ok()
 }
 

@@ -11,15 +11,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Tells everyone to stop. Cheap to clone; all clones are one.
+/// Tells everyone to stop. All clones are one, and one is as small as a pointer: every connection has its own.
 #[derive(Clone, Debug, Default)]
-pub struct Stop {
+pub struct Stop(Arc<Signals>);
+
+#[derive(Debug, Default)]
+struct Signals {
     /// Beside the token, because asking the token takes a lock and every connection asks for every message.
-    begun: Arc<AtomicBool>,
+    begun: AtomicBool,
     begin: CancellationToken,
     cut: CancellationToken,
     /// One deadline for everyone, set where the end begins.
-    deadline: Arc<OnceLock<Instant>>,
+    deadline: OnceLock<Instant>,
 }
 
 impl Stop {
@@ -31,20 +34,20 @@ impl Stop {
 
     /// Asks for a graceful end.
     pub fn begin(&self) {
-        self.begun.store(true, Ordering::Release);
-        self.begin.cancel();
+        self.0.begun.store(true, Ordering::Release);
+        self.0.begin.cancel();
     }
 
     /// Asks for a graceful end by then; the first deadline counts.
     pub fn begin_until(&self, deadline: Instant) {
-        self.deadline.get_or_init(|| deadline);
+        self.0.deadline.get_or_init(|| deadline);
         self.begin();
     }
 
     /// Waits for the end to begin and its deadline to pass; without one, for ever.
     pub async fn deadline(&self) {
         self.begun().await;
-        match self.deadline.get() {
+        match self.0.deadline.get() {
             Some(deadline) => tokio::time::sleep_until(*deadline).await,
             None => std::future::pending().await,
         }
@@ -53,35 +56,35 @@ impl Stop {
     /// The deadline, once the end has begun with one.
     #[must_use]
     pub fn deadline_at(&self) -> Option<Instant> {
-        self.deadline.get().copied()
+        self.0.deadline.get().copied()
     }
 
     /// Ends it now: the deadline has passed, or somebody insists.
     pub fn cut(&self) {
         self.begin();
-        self.cut.cancel();
+        self.0.cut.cancel();
     }
 
     /// Whether the end has begun.
     #[must_use]
     pub fn has_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire)
+        self.0.begun.load(Ordering::Acquire)
     }
 
     /// Whether it is over now.
     #[must_use]
     pub fn is_cut(&self) -> bool {
-        self.cut.is_cancelled()
+        self.0.cut.is_cancelled()
     }
 
     /// Waits for the end to begin.
     pub fn begun(&self) -> impl Future<Output = ()> + '_ {
-        self.begin.cancelled()
+        self.0.begin.cancelled()
     }
 
     /// Waits for it to be cut short.
     pub fn was_cut(&self) -> impl Future<Output = ()> + '_ {
-        self.cut.cancelled()
+        self.0.cut.cancelled()
     }
 }
 

@@ -94,6 +94,10 @@ pub(super) struct ServerArgs {
     /// no IPv6.
     #[arg(long, env = "ECHOSCOPE_LISTEN", value_name = "IP:PORT")]
     pub(super) listen: Option<SocketAddr>,
+    /// Observe and narrate the states of each connection. Off, connections are served and counted only: the difference
+    /// is what watching costs.
+    #[arg(long, env = "ECHOSCOPE_LIFECYCLES", default_value = "on", value_name = "ON|OFF")]
+    pub(super) lifecycles: Lifecycles,
     #[command(flatten)]
     pub(super) serve: ServeArgs,
     #[command(flatten)]
@@ -261,6 +265,12 @@ pub enum RuntimeShape {
     Shared,
     /// One runtime for each worker, each with its own listening socket (SO_REUSEPORT).
     PerCore,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Lifecycles {
+    On,
+    Off,
 }
 
 /// How the client closes.

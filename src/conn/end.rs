@@ -43,7 +43,7 @@ impl Conn {
                 // Both ends are ours, and the other one had our FIN before it sent its own: its FIN acknowledged ours.
                 known.never = known.never.with(State::Closing);
             }
-            self.left = Some((clock::monotonic(), known));
+            self.left = Some(Box::new((clock::monotonic(), known)));
             return;
         }
         self.record(info, State::Close, &known);
@@ -62,7 +62,11 @@ impl Drop for Conn {
             metrics.rtt.observe(self.rtt.as_secs_f64());
         }
         metrics.retransmits.inc_by(self.retransmits.into());
-        journal.close(&self.id, self.reason.unwrap_or(Reason::Cancelled));
+        let reason = self.reason.unwrap_or(Reason::Cancelled);
+        if !self.watched {
+            return journal.count_close(self.id.role, reason);
+        }
+        journal.close(&self.id, reason);
         let closed = clock::monotonic();
         drop(self.stream.take());
         if self.life.is_over() {
@@ -72,7 +76,7 @@ impl Drop for Conn {
         self.afterlife.follow(Departed {
             id: self.id,
             life: self.life,
-            left: self.left,
+            left: self.left.take().map(|left| *left),
             known: Known { call, ..Known::default() },
             all_acked: self.all_acked(),
             cause_if_gone: self.aborted.then_some(Cause::Abort),

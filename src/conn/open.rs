@@ -42,6 +42,18 @@ impl Conn {
         Ok(conn)
     }
 
+    /// A connection that accept(2) returned and that nobody watches: it is served and counted, and nothing is known of
+    /// its states.
+    #[must_use]
+    pub fn unwatched(stream: TcpStream, peer: SocketAddr, port: u16, afterlife: Afterlife) -> Conn {
+        let _ = stream.set_nodelay(true);
+        let id = Identity { cookie: 0, role: Role::Server, port, flow: Flow { local: unspecified(peer), peer } };
+        let life = Lifecycle::accepted(Duration::ZERO);
+        let mut conn = Conn::bare(stream, id, life, afterlife);
+        conn.watched = false;
+        conn
+    }
+
     /// Opens a connection; `due` is when, at the latest, that began to count.
     ///
     /// # Errors
@@ -61,6 +73,7 @@ impl Conn {
             // No SYN was sent: no local port, no route, not permitted. The life never began, but the attempt counts.
             Err(e) if !answers_a_syn(&e) => {
                 let journal = afterlife.journal();
+                journal.count_open(id.role);
                 journal.open(&id, State::Close, began);
                 journal.close(&id, Reason::of(&e));
                 journal.lose(&id);

@@ -14,7 +14,6 @@ use crate::config::ServerConfig;
 use crate::conn::Conn;
 use crate::ledger::Reason;
 use crate::shutdown::Stop;
-use crate::tcp::State;
 
 /// Large enough that streaming costs little more than the copies themselves; twice as much gains nothing.
 const BUFFER: usize = 128 * 1024;
@@ -45,37 +44,21 @@ pub(super) enum Served {
     Aborted,
 }
 
-/// Serves one connection to its end.
-pub(super) async fn echo(mut conn: Conn, config: &ServerConfig, stop: &Stop) -> Served {
+/// Serves one connection to its end. What only few connections need at a time is boxed: an idle connection's task has
+/// room for nothing but waiting.
+pub(super) async fn echo(conn: &mut Conn, config: &ServerConfig, stop: &Stop) -> Served {
     let mut idle = config.idle_timeout.map(Idle::new);
-    let served = match serve(&mut conn, config, stop, &mut idle).await {
+    let served = match serve(conn, config, stop, &mut idle).await {
         Ok(Next::Ended) => Ok(Reason::Graceful),
         Ok(Next::Silent) => {
             // A peer that takes nothing: what it is owed cannot be delivered, so there is no clean end.
             conn.abort(Reason::Idle);
             Ok(Reason::Idle)
         }
-        Ok(Next::CloseFirst(reason, rest)) => {
-            // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
-            let patience = config.idle_timeout.filter(|_| reason == Reason::Idle);
-            tokio::select! {
-                biased;
-                closed = within(patience, close_first(&mut conn, rest)) => match closed {
-                    Some(closed) => closed.map(|()| reason),
-                    // Our FIN is out and theirs does not come: the kernel waits for it from now on.
-                    None if matches!(conn.state(), State::FinWait1 | State::FinWait2) => Ok(reason),
-                    // Nor do they take what they are owed.
-                    None => {
-                        conn.abort(reason);
-                        Ok(reason)
-                    }
-                },
-                () = stop.was_cut() => {
-                    conn.abort(Reason::DrainAborted);
-                    return Served::Aborted;
-                }
-            }
-        }
+        Ok(Next::CloseFirst(reason, rest)) => match Box::pin(end_it(conn, config, reason, rest, stop)).await {
+            Some(ended) => ended.map(|()| reason),
+            None => return Served::Aborted,
+        },
         Err(error) => Err(error),
     };
     let lost = served.is_err() || conn.failure().is_some();
@@ -107,23 +90,16 @@ async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut O
         match move_once(conn)? {
             Moved::All => touch(idle),
             Moved::Nothing => {}
-            Moved::Part(mut rest) => {
-                while !rest.is_empty() {
-                    tokio::select! {
-                        biased;
-                        writable = conn.writable() => writable?,
-                        () = &mut stopping => return Ok(Next::CloseFirst(Reason::Drained, rest)),
-                        () = silence(idle) => return Ok(Next::Silent),
-                    }
-                    let written = write_some(conn, &rest)?;
-                    rest.drain(..written);
-                    touch(idle);
+            Moved::Part(rest) => {
+                if let Some(next) = Box::pin(write_all(conn, rest, stop, idle)).await? {
+                    return Ok(next);
                 }
             }
             Moved::End => {
                 if !config.close_delay.is_zero() {
+                    let mut delay = Box::pin(tokio::time::sleep(config.close_delay));
                     tokio::select! {
-                        () = tokio::time::sleep(config.close_delay) => {}
+                        () = &mut delay => {}
                         () = &mut stopping => {}
                     }
                 }
@@ -135,6 +111,50 @@ async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut O
         tokio::task::coop::consume_budget().await;
     }
     Ok(Next::CloseFirst(Reason::Drained, Vec::new()))
+}
+
+/// Writes what the socket did not take at once; nothing is read meanwhile. Returns what comes next, if not more of the
+/// same.
+async fn write_all(conn: &mut Conn, mut rest: Vec<u8>, stop: &Stop, idle: &mut Option<Idle>) -> Result<Option<Next>> {
+    while !rest.is_empty() {
+        tokio::select! {
+            biased;
+            writable = conn.writable() => writable?,
+            () = stop.begun() => return Ok(Some(Next::CloseFirst(Reason::Drained, rest))),
+            () = silence(idle) => return Ok(Some(Next::Silent)),
+        }
+        let written = write_some(conn, &rest)?;
+        rest.drain(..written);
+        touch(idle);
+    }
+    Ok(None)
+}
+
+/// Ends the connection from our side, in time; `None` when it had to be reset because the server's time was up.
+async fn end_it(
+    conn: &mut Conn,
+    config: &ServerConfig,
+    reason: Reason,
+    rest: Vec<u8>,
+    stop: &Stop,
+) -> Option<Result<()>> {
+    // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
+    let patience = config.idle_timeout.filter(|_| reason == Reason::Idle);
+    tokio::select! {
+        biased;
+        closed = within(patience, close_first(conn, rest)) => {
+            // Once our FIN is out and theirs does not come, the kernel waits for it. Who does not take what it is owed
+            // is reset.
+            if closed.is_none() && !conn.sent_end() {
+                conn.abort(reason);
+            }
+            Some(closed.unwrap_or(Ok(())))
+        }
+        () = stop.was_cut() => {
+            conn.abort(Reason::DrainAborted);
+            None
+        }
+    }
 }
 
 /// Ends the connection from our side: what is owed and what the peer has had acknowledged is echoed, then our FIN,

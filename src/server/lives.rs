@@ -29,7 +29,7 @@ impl ListenerLife {
         let flow = Flow { local: address, peer: nobody };
         let id = Identity { cookie, role: Role::Server, port: address.port(), flow };
         let mut life = Lifecycle::listener(at);
-        journal.open_listener(&id, life.state(), at);
+        journal.open(&id, life.state(), at);
         let state = TcpInfo::of(listener.as_fd()).ok()?.state;
         journal.record(&id, &life.observe(clock::monotonic(), state, Evidence::TcpInfo));
         Some(ListenerLife { id, life })
