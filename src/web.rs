@@ -65,7 +65,7 @@ pub struct Bound {
 /// When the address cannot be had.
 pub fn bind(address: SocketAddr) -> anyhow::Result<Bound> {
     let context = || format!("bind web listener on {address}");
-    let listener = listen(&ListenConfig { address, backlog: 128, share_port: false }).with_context(context)?;
+    let listener = listen(&ListenConfig { address, backlog: 1024, share_port: false }).with_context(context)?;
     let address = listener.local_addr().with_context(context)?;
     Ok(Bound { listener, address })
 }
@@ -105,7 +105,11 @@ pub async fn run(bound: Bound, sources: Sources, stop: Stop) -> anyhow::Result<(
             () = stop.begun() => break,
             (stream, _) = accept(&listener, &faults) => stream,
         };
-        let peer = peers.enter();
+        let peer = tokio::select! {
+            biased;
+            () = stop.begun() => break,
+            peer = peers.enter() => peer,
+        };
         tasks.spawn(connection(stream, Arc::clone(&sources), Arc::clone(&peers), peer, stop.clone()));
     }
     tasks.close();

@@ -1,39 +1,51 @@
 //! Reading and writing: as few system calls as a bare epoll loop makes, and the connection's edges noticed on the way.
 
+use std::future::poll_fn;
 use std::io::{ErrorKind, Read, Result, Write};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker, ready};
 
 use socket2::SockRef;
-use tokio::io::Interest;
+use tokio::io::{Interest, Ready};
 
 use super::Conn;
 use crate::tcp::{Known, State, StateSet};
 
 impl Conn {
-    /// Waits until there may be something to read, the peer's FIN included, or our FIN was acknowledged.
+    /// Whether there may be something to read, the peer's FIN included, or our FIN was acknowledged; else wakes the task
+    /// when there may be.
     ///
     /// While our own FIN is under way, also notices its acknowledgement (FIN_WAIT1 → FIN_WAIT2), which shows as an
     /// edge of writability.
     ///
     /// # Errors
     /// When the runtime is shutting down.
-    pub async fn readable(&mut self) -> Result<()> {
+    pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         if self.blind || self.error.is_some() {
-            return Ok(());
+            return Poll::Ready(Ok(()));
         }
         while matches!(self.life.state(), State::FinWait1) && self.fin_sent && self.left.is_none() {
-            let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+            let ready = ready!(self.poll_ready(Interest::READABLE | Interest::WRITABLE, cx))?;
             if ready.is_writable() {
                 self.clear(Interest::WRITABLE);
                 self.look(Known::default());
             }
             self.note_edge(ready);
             if ready.is_readable() || ready.is_read_closed() || self.life.state() != State::FinWait1 {
-                return Ok(());
+                return Poll::Ready(Ok(()));
             }
         }
-        let ready = self.stream().ready(Interest::READABLE).await?;
+        let ready = ready!(self.poll_ready(Interest::READABLE, cx))?;
         self.note_edge(ready);
-        Ok(())
+        Poll::Ready(Ok(()))
+    }
+
+    /// Waits until [`poll_readable`](Self::poll_readable) says so.
+    ///
+    /// # Errors
+    /// When the runtime is shutting down.
+    pub async fn readable(&mut self) -> Result<()> {
+        poll_fn(|cx| self.poll_readable(cx)).await
     }
 
     /// Waits until there may be room to write. The peer's FIN is noticed meanwhile, although nobody reads.
@@ -43,14 +55,14 @@ impl Conn {
     pub async fn writable(&mut self) -> Result<()> {
         loop {
             if self.heard_end || self.error.is_some() {
-                self.stream().ready(Interest::WRITABLE).await?;
+                self.ready(Interest::WRITABLE).await?;
                 return Ok(());
             }
             // Unread data would wake us at once and for ever. Without that readiness only an edge does: more data, or
             // the FIN.
             self.clear(Interest::READABLE);
             self.blind = true;
-            let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+            let ready = self.ready(Interest::READABLE | Interest::WRITABLE).await?;
             self.note_edge(ready);
             if ready.is_writable() || ready.is_write_closed() {
                 return Ok(());
@@ -66,9 +78,33 @@ impl Conn {
         if self.blind || self.error.is_some() {
             return Ok(());
         }
-        let ready = self.stream().ready(Interest::READABLE | Interest::WRITABLE).await?;
+        let ready = self.ready(Interest::READABLE | Interest::WRITABLE).await?;
         self.note_edge(ready);
         Ok(())
+    }
+
+    /// What the descriptor is ready for, of these; else wakes the task when it is.
+    ///
+    /// Not `TcpStream::ready` alone: its future holds a waiter of its own, 150 bytes that every idle connection would
+    /// have to have. A connection belongs to one task, so the two wakers that the registration has anyway are enough.
+    /// The future is used for its answer only, which it has at once.
+    fn poll_ready(&self, interest: Interest, cx: &mut Context<'_>) -> Poll<Result<Ready>> {
+        let stream = self.stream();
+        let reading = interest.is_readable() && stream.poll_read_ready(cx).is_ready();
+        let writing = interest.is_writable() && stream.poll_write_ready(cx).is_ready();
+        if !reading && !writing {
+            return Poll::Pending;
+        }
+        let answer = pin!(stream.ready(interest)).poll(&mut Context::from_waker(Waker::noop()));
+        if answer.is_pending() {
+            // Cleared in between; and whoever is told that it is ready is not woken.
+            cx.waker().wake_by_ref();
+        }
+        answer
+    }
+
+    pub(super) async fn ready(&self, interest: Interest) -> Result<Ready> {
+        poll_fn(|cx| self.poll_ready(interest, cx)).await
     }
 
     /// Reads what is there; 0 is the peer's FIN.

@@ -137,7 +137,7 @@ impl Conn {
     /// Waits until the handshake is over, well or not.
     async fn established(&mut self) {
         loop {
-            let ready = self.stream().ready(Interest::WRITABLE).await;
+            let ready = self.ready(Interest::WRITABLE).await;
             self.look(Known::default());
             match (self.life.state(), ready) {
                 (State::SynSent | State::SynRecv, Ok(_)) => self.clear(Interest::WRITABLE),

@@ -4,8 +4,10 @@
 //! connection holds no buffer and a slow one at most one (back-pressure: nothing more is read until it is written).
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io::{ErrorKind, Result};
 use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
@@ -47,7 +49,7 @@ pub(super) enum Served {
 /// Serves one connection to its end. What only few connections need at a time is boxed: an idle connection's task has
 /// room for nothing but waiting.
 pub(super) async fn echo(conn: &mut Conn, config: &ServerConfig, stop: &Stop) -> Served {
-    let mut idle = config.idle_timeout.map(Idle::new);
+    let mut idle = config.idle_timeout.map(|timeout| Box::new(Idle::new(timeout)));
     let served = match serve(conn, config, stop, &mut idle).await {
         Ok(Next::Ended) => Ok(Reason::Graceful),
         Ok(Next::Silent) => {
@@ -76,16 +78,32 @@ enum Next {
     Silent,
 }
 
-async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut Option<Idle>) -> Result<Next> {
+/// Why a connection that waits goes on.
+enum Wake {
+    Readable(Result<()>),
+    Stop,
+    Silence,
+}
+
+async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut Idleness) -> Result<Next> {
     let stopping = stop.begun();
     tokio::pin!(stopping);
     // A peer that always has more never lets us wait, so the stop is looked at too, not only waited for.
     while !stop.has_begun() {
-        tokio::select! {
-            biased;
-            readable = conn.readable() => readable?,
-            () = &mut stopping => break,
-            () = silence(idle) => return Ok(Next::CloseFirst(Reason::Idle, Vec::new())),
+        // By hand, not by select!, which keeps a future of each kind beside what it waits for.
+        let wake = poll_fn(|cx| {
+            if let Poll::Ready(readable) = conn.poll_readable(cx) {
+                Poll::Ready(Wake::Readable(readable))
+            } else if stopping.as_mut().poll(cx).is_ready() {
+                Poll::Ready(Wake::Stop)
+            } else {
+                poll_silence(idle, cx).map(|()| Wake::Silence)
+            }
+        });
+        match wake.await {
+            Wake::Readable(readable) => readable?,
+            Wake::Stop => break,
+            Wake::Silence => return Ok(Next::CloseFirst(Reason::Idle, Vec::new())),
         }
         match move_once(conn)? {
             Moved::All => touch(idle),
@@ -115,13 +133,13 @@ async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut O
 
 /// Writes what the socket did not take at once; nothing is read meanwhile. Returns what comes next, if not more of the
 /// same.
-async fn write_all(conn: &mut Conn, mut rest: Vec<u8>, stop: &Stop, idle: &mut Option<Idle>) -> Result<Option<Next>> {
+async fn write_all(conn: &mut Conn, mut rest: Vec<u8>, stop: &Stop, idle: &mut Idleness) -> Result<Option<Next>> {
     while !rest.is_empty() {
         tokio::select! {
             biased;
             writable = conn.writable() => writable?,
             () = stop.begun() => return Ok(Some(Next::CloseFirst(Reason::Drained, rest))),
-            () = silence(idle) => return Ok(Some(Next::Silent)),
+            () = poll_fn(|cx| poll_silence(idle, cx)) => return Ok(Some(Next::Silent)),
         }
         let written = write_some(conn, &rest)?;
         rest.drain(..written);
@@ -248,20 +266,23 @@ impl Idle {
     }
 }
 
-fn touch(idle: &mut Option<Idle>) {
+/// Boxed: most connections have none.
+type Idleness = Option<Box<Idle>>;
+
+fn touch(idle: &mut Idleness) {
     if let Some(idle) = idle {
         idle.last = Instant::now();
     }
 }
 
-/// Waits until the peer has been silent for the whole timeout; without one, for ever.
-async fn silence(idle: &mut Option<Idle>) {
-    let Some(idle) = idle else { return std::future::pending().await };
+/// Whether the peer has been silent for the whole timeout; without one, never.
+fn poll_silence(idle: &mut Idleness, cx: &mut Context<'_>) -> Poll<()> {
+    let Some(idle) = idle else { return Poll::Pending };
     loop {
-        idle.timer.as_mut().await;
+        ready!(idle.timer.as_mut().poll(cx));
         let until = idle.last + idle.timeout;
         if until <= Instant::now() {
-            return;
+            return Poll::Ready(());
         }
         idle.timer.as_mut().reset(until);
     }

@@ -1,6 +1,5 @@
 //! Who is connected to the web side, and who must go.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,55 +11,88 @@ use crate::kernel::clock;
 /// Connections served at once; one more, and the one that has been idle for the longest time goes.
 const CONNECTIONS: usize = 64;
 
+/// Nobody is shown out sooner, however many more come.
+const TIME_TO_ASK: Duration = Duration::from_millis(250);
+
 /// The first request of a connection must be there within this time.
 const FIRST: Duration = Duration::from_secs(5);
 
 /// An answer may take so long to be taken.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// Who is connected. When the house is full, whoever has asked for nothing for the longest time is shown out: a
-/// crowd that asks for nothing must not keep a probe waiting.
+/// Who is connected. When the house is full, whoever has asked for nothing for the longest time is shown out, those
+/// first who never asked: a crowd that asks for nothing must not keep a probe waiting.
 #[derive(Default)]
-pub(super) struct Peers(Mutex<VecDeque<Arc<Peer>>>);
+pub(super) struct Peers {
+    all: Mutex<Vec<Arc<Peer>>>,
+    left: Notify,
+}
 
 impl Peers {
-    pub(super) fn enter(&self) -> Arc<Peer> {
-        let peer = Arc::new(Peer::default());
-        let mut all = self.lock();
-        all.push_back(Arc::clone(&peer));
-        if all.len() > CONNECTIONS {
-            let last = |peer: &Arc<Peer>| peer.last_asked.load(Ordering::Relaxed);
-            let longest = (0..all.len()).min_by_key(|i| last(&all[*i]));
-            if let Some(peer) = longest.and_then(|i| all.remove(i)) {
-                peer.shown_out.notify_one();
+    /// Lets one more in, as soon as there is a place or somebody has had the time to ask and did not.
+    pub(super) async fn enter(&self) -> Arc<Peer> {
+        loop {
+            let wait = match self.try_enter() {
+                Ok(peer) => return peer,
+                Err(wait) => wait,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.left.notified() => {}
             }
         }
-        peer
+    }
+
+    /// The error is how long to wait before somebody may be shown out.
+    fn try_enter(&self) -> Result<Arc<Peer>, Duration> {
+        let now = clock::monotonic();
+        let mut all = self.lock();
+        if all.len() >= CONNECTIONS
+            && let Some(i) = (0..all.len()).min_by_key(|i| all[*i].rank())
+        {
+            let silent = now.saturating_sub(all[i].rank().1);
+            if silent < TIME_TO_ASK {
+                return Err(TIME_TO_ASK.saturating_sub(silent));
+            }
+            all.swap_remove(i).shown_out.notify_one();
+        }
+        let peer = Arc::new(Peer::new(now));
+        all.push(Arc::clone(&peer));
+        Ok(peer)
     }
 
     pub(super) fn leave(&self, gone: &Arc<Peer>) {
         self.lock().retain(|peer| !Arc::ptr_eq(peer, gone));
+        self.left.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Peer>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Peer>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Whether a connection's peer asks, and takes its answers.
-#[derive(Default)]
 pub(super) struct Peer {
     requests: AtomicU64,
-    /// When the last request came, in nanoseconds of the monotonic clock; 0 before the first.
-    last_asked: AtomicU64,
+    /// When the last request came, before the first one when it connected; nanoseconds of the monotonic clock.
+    since: AtomicU64,
     shown_out: Notify,
 }
 
 impl Peer {
+    fn new(now: Duration) -> Peer {
+        Peer { requests: AtomicU64::new(0), since: AtomicU64::new(nanos(now)), shown_out: Notify::new() }
+    }
+
     pub(super) fn asked(&self) {
+        self.since.store(nanos(clock::monotonic()), Ordering::Relaxed);
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let now = u64::try_from(clock::monotonic().as_nanos()).unwrap_or(u64::MAX);
-        self.last_asked.store(now, Ordering::Relaxed);
+    }
+
+    /// Who comes first here goes first.
+    fn rank(&self) -> (bool, Duration) {
+        let has_asked = self.requests.load(Ordering::Relaxed) > 0;
+        (has_asked, Duration::from_nanos(self.since.load(Ordering::Relaxed)))
     }
 
     /// Waits until somebody else needs the place.
@@ -85,5 +117,30 @@ impl Peer {
             }
             seen = now;
         }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_never_asked_goes_first_and_nobody_before_he_had_the_time_to_ask() {
+        let peers = Peers::default();
+        let first = peers.try_enter().unwrap();
+        first.asked();
+        let rest: Vec<_> = (1..CONNECTIONS).map(|_| peers.try_enter().unwrap()).collect();
+        let wait = peers.try_enter().err().unwrap();
+        assert!(wait <= TIME_TO_ASK, "{wait:?}");
+        let late = peers.enter().await;
+        tokio::time::timeout(Duration::from_secs(10), rest[0].shown_out()).await.expect("the first that never asked");
+        assert_eq!(peers.lock().len(), CONNECTIONS);
+        assert!(peers.lock().iter().any(|peer| Arc::ptr_eq(peer, &first)), "who has asked stays");
+        peers.leave(&late);
+        assert!(peers.try_enter().is_ok(), "there is a place");
     }
 }

@@ -842,9 +842,11 @@ fn five_thousand_on_256_descriptors_are_all_served_in_their_turn() {
         full.then_some(())
     });
     // What is kept in reserve is enough for a full web side.
-    let mut scrapers: Vec<KeptAlive> = (0..64).map(|_| KeptAlive::to(web)).collect();
-    for scraper in &mut scrapers {
+    let mut scrapers = Vec::new();
+    for _ in 0..64 {
+        let mut scraper = KeptAlive::to(web);
         assert_eq!(scraper.metrics().sum("echoscope_connections_open", &[("role", "server")]), limit);
+        scrapers.push(scraper);
     }
     assert!(server.descriptors() < 256, "{}", server.descriptors());
     drop(scrapers);
