@@ -44,9 +44,12 @@ pub struct Departed {
     pub cause_if_gone: Option<Cause>,
 }
 
-/// A handle to the follower: cheap to clone.
+/// A handle to the follower: cheap to clone, and as small as a pointer, for every connection has one.
 #[derive(Clone)]
-pub struct Afterlife {
+pub struct Afterlife(Arc<Handle>);
+
+/// The follower ends when this does: it has only what is shared.
+struct Handle {
     shared: Arc<Shared>,
     queue: mpsc::Sender<Departed>,
 }
@@ -83,16 +86,16 @@ impl Afterlife {
             let _gone = gone;
             runtime.block_on(follower.run(inbox));
         })?;
-        Ok(Afterlife { shared, queue })
+        Ok(Afterlife(Arc::new(Handle { shared, queue })))
     }
 
     /// Follows a connection to its end; when too many are followed already it is given up and counted.
     pub fn follow(&self, departed: Departed) {
-        let shared = &self.shared;
+        let Handle { shared, queue } = &*self.0;
         let before = shared.following.fetch_add(1, Ordering::AcqRel);
         shared.unseen.fetch_add(1, Ordering::AcqRel);
         shared.journal.metrics().following.inc();
-        let refused = if before < shared.limit { self.queue.try_send(departed).err() } else { Some(Full(departed)) };
+        let refused = if before < shared.limit { queue.try_send(departed).err() } else { Some(Full(departed)) };
         let Some(refused) = refused else { return };
         shared.journal.metrics().following.dec();
         shared.unseen.fetch_sub(1, Ordering::AcqRel);
@@ -111,18 +114,18 @@ impl Afterlife {
     /// The journal that observations go to.
     #[must_use]
     pub fn journal(&self) -> &Journal {
-        &self.shared.journal
+        &self.0.shared.journal
     }
 
     /// How many are being followed.
     #[must_use]
     pub fn following(&self) -> usize {
-        self.shared.following.load(Ordering::Acquire)
+        self.0.shared.following.load(Ordering::Acquire)
     }
 
     /// Waits until every connection that was closed has been looked at: what is known of them is then told.
     pub async fn all_seen(&self) {
-        while self.shared.unseen.load(Ordering::Acquire) > 0 {
+        while self.0.shared.unseen.load(Ordering::Acquire) > 0 {
             tokio::time::sleep(GATHER).await;
         }
     }
@@ -130,7 +133,7 @@ impl Afterlife {
     /// Waits until the kernel has let go of every connection that was closed.
     pub async fn none_left(&self) {
         loop {
-            let notified = self.shared.none_left.notified();
+            let notified = self.0.shared.none_left.notified();
             if self.following() == 0 {
                 return;
             }

@@ -6,6 +6,7 @@
 mod reason;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,8 +32,7 @@ pub struct Life {
     pub role: Role,
     /// The service's port.
     pub port: u16,
-    /// Its addresses.
-    pub flow: Flow,
+    addresses: Addresses,
     /// Where it is now.
     pub state: State,
     /// Since when, on the monotonic clock.
@@ -45,6 +45,29 @@ pub struct Life {
     pub followed: bool,
     steps: [u64; STEPS],
     taken: u8,
+}
+
+/// Two addresses in the room of a pointer and a half, for most are IPv4.
+#[derive(Clone, Debug)]
+enum Addresses {
+    V4(SocketAddrV4, SocketAddrV4),
+    Other(Box<Flow>),
+}
+
+impl Addresses {
+    fn of(flow: Flow) -> Addresses {
+        match flow.canonical() {
+            Flow { local: SocketAddr::V4(local), peer: SocketAddr::V4(peer) } => Addresses::V4(local, peer),
+            other => Addresses::Other(Box::new(other)),
+        }
+    }
+
+    fn flow(&self) -> Flow {
+        match self {
+            Addresses::V4(local, peer) => Flow { local: (*local).into(), peer: (*peer).into() },
+            Addresses::Other(flow) => **flow,
+        }
+    }
 }
 
 /// One step of a life, as kept.
@@ -68,7 +91,7 @@ impl Life {
             cookie: id.cookie,
             role: id.role,
             port: id.port,
-            flow: id.flow,
+            addresses: Addresses::of(id.flow),
             state,
             since: at,
             opened: at,
@@ -86,6 +109,12 @@ impl Life {
             *slot = pack(t);
             self.taken += 1;
         }
+    }
+
+    /// Its addresses, mapped ones written as IPv4.
+    #[must_use]
+    pub fn flow(&self) -> Flow {
+        self.addresses.flow()
     }
 
     /// The steps taken, in order.
@@ -112,9 +141,12 @@ fn unpack(packed: u64) -> Option<Taken> {
     })
 }
 
+/// The living, by cookie. Boxed, because a map that grows has up to twice the room that it needs.
+type Living = HashMap<u64, Box<Life>>;
+
 /// All lives of this process's connections.
 pub struct Ledger {
-    living: Vec<Mutex<HashMap<u64, Life>>>,
+    living: Vec<Mutex<Living>>,
     ended: Mutex<VecDeque<Life>>,
     /// Whether a server's and a client's end were ever entered: only then can both ends of a connection be here.
     roles: [AtomicBool; 2],
@@ -137,20 +169,21 @@ impl Ledger {
         if !role.load(Ordering::Relaxed) {
             role.store(true, Ordering::Relaxed);
         }
-        self.shard(id.cookie).insert(id.cookie, Life::new(id, state, at));
+        self.shard(id.cookie).insert(id.cookie, Box::new(Life::new(id, state, at)));
     }
 
     /// Notes a step; a step to CLOSED ends the life.
     pub fn step(&self, id: &Identity, t: &Transition) {
         let mut shard = self.shard(id.cookie);
         let Some(life) = shard.get_mut(&id.cookie) else { return };
-        life.flow = id.flow;
+        // Bound by connect(2) only after the life began.
+        life.addresses = Addresses::of(id.flow);
         life.take(t);
         if t.to == State::Close
             && let Some(life) = shard.remove(&id.cookie)
         {
             // Under the shard's lock: a life is never nowhere.
-            self.keep(life);
+            self.keep(*life);
         }
     }
 
@@ -170,7 +203,7 @@ impl Ledger {
     pub fn lose(&self, cookie: u64) {
         let lost = self.shard(cookie).remove(&cookie);
         if let Some(life) = lost {
-            self.keep(Life { followed: false, ..life });
+            self.keep(Life { followed: false, ..*life });
         }
     }
 
@@ -193,7 +226,7 @@ impl Ledger {
     pub fn recent(&self, limit: usize) -> Vec<Life> {
         let mut lives: Vec<Life> = Vec::new();
         for shard in &self.living {
-            lives.extend(lock(shard).values().cloned());
+            lives.extend(lock(shard).values().map(|life| Life::clone(life)));
             keep_youngest(&mut lives, limit);
         }
         lives.extend(lock(&self.ended).iter().cloned());
@@ -217,14 +250,15 @@ impl Ledger {
             Role::Client => life.opened >= opened,
             Role::Server => life.opened <= opened,
         };
-        let is_other = |life: &&Life| life.role != id.role && life.flow.canonical() == other && in_order(life);
+        let is_other = |life: &&Life| life.role != id.role && life.flow() == other && in_order(life);
         let answer = |life: &Life| {
             let seen = |s: Taken| s.to == state && s.evidence != Evidence::Inferred && s.step == Step::Arrow;
             (life.opened, life.steps().any(seen))
         };
         let ended = || lock(&self.ended).iter().rev().find(is_other).map(answer);
         let living = || {
-            let of = |shard: &Mutex<HashMap<u64, Life>>| lock(shard).values().filter(is_other).map(answer).max();
+            let of =
+                |shard: &Mutex<Living>| lock(shard).values().map(|life| &**life).filter(is_other).map(answer).max();
             self.living.iter().filter_map(of).max()
         };
         let youngest = match id.role {
@@ -270,7 +304,7 @@ impl Ledger {
         ended.push_back(life);
     }
 
-    fn shard(&self, cookie: u64) -> MutexGuard<'_, HashMap<u64, Life>> {
+    fn shard(&self, cookie: u64) -> MutexGuard<'_, Living> {
         lock(&self.living[cookie as usize % SHARDS])
     }
 }

@@ -119,7 +119,7 @@ pub(super) fn connections(journal: &Journal, limit: usize) -> Vec<Connection> {
     let offset = clock::unix().saturating_sub(clock::monotonic());
     let unix = |at: Duration| (offset + at).as_secs_f64();
     let tell = |life: &Life| {
-        let flow = life.flow.canonical();
+        let flow = life.flow();
         Connection {
             conn: format!("{:x}", life.cookie),
             role: life.role.label(),

@@ -42,6 +42,11 @@ fn lost_destroy_events_are_counted_and_made_good() {
             && metrics.sum("echoscope_connections_open", &[("role", "server")]) == 0.0;
         orphan.then_some(())
     });
+    // After its first look the follower listens; the second look shows that it does.
+    until("the follower to listen", || {
+        let looks = server.metrics().sum("echoscope_observer_duration_seconds_count", &[("what", "follow")]);
+        (looks >= 2.0).then_some(())
+    });
     let lost = || server.metrics().sum("echoscope_observer_lost_events_total", &[("what", "destroy")]);
     assert_eq!(lost(), 0.0);
     // While it cannot listen, more sockets end than its buffer holds events.
