@@ -23,7 +23,7 @@ use crate::ledger::Reason;
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
 
 /// A TCP connection that narrates its own life.
-#[expect(clippy::struct_excessive_bools, reason = "six independent facts, each of which can be true of any state")]
+#[expect(clippy::struct_excessive_bools, reason = "seven independent facts, each of which can be true of any state")]
 pub struct Conn {
     stream: Option<TcpStream>,
     afterlife: Afterlife,
@@ -48,6 +48,8 @@ pub struct Conn {
     fin_sent: bool,
     /// The descriptor reported that the peer sends no more.
     heard_end: bool,
+    /// All that the peer sent is read, its FIN included: a read would say 0.
+    read_all: bool,
     /// Readiness was cleared although there may be data: the next read asks the kernel itself.
     blind: bool,
     aborted: bool,
@@ -81,6 +83,7 @@ impl Conn {
             reason: None,
             fin_sent: false,
             heard_end: false,
+            read_all: false,
             blind: false,
             aborted: false,
             held: false,
@@ -108,7 +111,8 @@ impl Conn {
 
     /// Sends our FIN (shutdown(2)) and looks where that leads. A connection that has ended meanwhile is no error.
     pub fn shutdown(&mut self) {
-        if self.fin_sent {
+        // Unwatched, whatever a passive close passes through, close(2) sends the FIN as well.
+        if self.fin_sent || (!self.watched && self.heard_end) {
             return;
         }
         let passive = self.life.state() == State::CloseWait;
@@ -226,7 +230,11 @@ impl Conn {
         }
         match info.state {
             State::Close => self.see_close(info, known),
-            state => self.record(info, state, &known),
+            state => {
+                // `bytes_received` counts the FIN. In the order of the stream, so nothing can be left to read.
+                self.read_all = state == State::CloseWait && info.bytes_received == self.received + 1;
+                self.record(info, state, &known);
+            }
         }
     }
 

@@ -3,15 +3,17 @@
 //!
 //! Must not know: sockets, or how anything was observed.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
+
+use arrayvec::ArrayString;
 
 use crate::kernel::clock;
 use crate::ledger::{Ledger, Reason};
 use crate::log::STATES;
 use crate::metrics::Metrics;
-use crate::tcp::{Identity, Role, State, Step, Transition, Transitions};
+use crate::tcp::{Identity, Role, State, Step, Transitions};
 
 /// Where observations become public.
 pub struct Journal {
@@ -47,10 +49,15 @@ impl Journal {
 
     /// What an observation proved.
     pub fn record(&self, id: &Identity, transitions: &Transitions) {
+        if transitions.is_empty() {
+            return;
+        }
         for t in transitions.iter() {
             self.metrics.count(id.role, t);
-            self.ledger.step(id, t);
-            log(id, t);
+        }
+        self.ledger.steps(id, transitions.iter());
+        if tracing::enabled!(target: STATES, tracing::Level::INFO) {
+            log(id, transitions);
         }
     }
 
@@ -78,38 +85,38 @@ impl Journal {
     }
 }
 
-fn log(id: &Identity, t: &Transition) {
-    if !tracing::enabled!(target: STATES, tracing::Level::INFO) {
-        return;
-    }
+fn log(id: &Identity, transitions: &Transitions) {
     let flow = id.flow.canonical();
+    let (conn, local, peer) = (short(format_args!("{:x}", id.cookie)), short(flow.local), short(flow.peer));
     // When it happened, not when it is told: a life after close(2) is told by the follower's readings.
-    let at = clock::unix().saturating_sub(clock::monotonic().saturating_sub(t.at));
-    tracing::info!(
-        target: STATES,
-        at_us = u64::try_from(at.as_micros()).unwrap_or(u64::MAX),
-        conn = %Hex(id.cookie),
-        role = id.role.label(),
-        local = %flow.local,
-        peer = %flow.peer,
-        from = t.from.name(),
-        to = t.to.name(),
-        after_s = t.after.map(|after| after.as_secs_f64()),
-        evidence = t.evidence.label(),
-        cause = t.cause.map(crate::tcp::Cause::label),
-        via = match t.step {
-            Step::Arrow => None,
-            Step::Gap => Some("unknown"),
-            Step::Unexpected => Some("unexpected"),
-        },
-        "state"
-    );
+    let offset = clock::unix().saturating_sub(clock::monotonic());
+    for t in transitions.iter() {
+        tracing::info!(
+            target: STATES,
+            at_us = u64::try_from((offset + t.at).as_micros()).unwrap_or(u64::MAX),
+            conn = conn.as_str(),
+            role = id.role.label(),
+            local = local.as_str(),
+            peer = peer.as_str(),
+            from = t.from.name(),
+            to = t.to.name(),
+            after_s = t.after.map(|after| after.as_secs_f64()),
+            evidence = t.evidence.label(),
+            cause = t.cause.map(crate::tcp::Cause::label),
+            via = match t.step {
+                Step::Arrow => None,
+                Step::Gap => Some("unknown"),
+                Step::Unexpected => Some("unexpected"),
+            },
+            "state"
+        );
+    }
 }
 
-struct Hex(u64);
-
-impl fmt::Display for Hex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:x}", self.0)
-    }
+/// Text without an allocation: an IPv6 address with its scope and port takes up to 58 characters.
+fn short(value: impl fmt::Display) -> ArrayString<64> {
+    let mut text = ArrayString::new();
+    // What does not fit is cut off.
+    let _ = write!(text, "{value}");
+    text
 }

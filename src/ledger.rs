@@ -172,14 +172,15 @@ impl Ledger {
         self.shard(id.cookie).insert(id.cookie, Box::new(Life::new(id, state, at)));
     }
 
-    /// Notes a step; a step to CLOSED ends the life.
-    pub fn step(&self, id: &Identity, t: &Transition) {
+    /// Notes steps; one to CLOSED ends the life.
+    pub fn steps<'a>(&self, id: &Identity, steps: impl IntoIterator<Item = &'a Transition>) {
         let mut shard = self.shard(id.cookie);
         let Some(life) = shard.get_mut(&id.cookie) else { return };
         // Bound by connect(2) only after the life began.
         life.addresses = Addresses::of(id.flow);
-        life.take(t);
-        if t.to == State::Close
+        steps.into_iter().for_each(|t| life.take(t));
+        if life.state == State::Close
+            && life.taken > 0
             && let Some(life) = shard.remove(&id.cookie)
         {
             // Under the shard's lock: a life is never nowhere.
@@ -350,13 +351,13 @@ mod tests {
         ledger.open(&id(1), life.state(), Duration::ZERO);
         for (i, state) in [State::SynSent, State::Established].into_iter().enumerate() {
             for t in life.observe(Duration::from_secs(i as u64 + 1), state, Evidence::TcpInfo).iter() {
-                ledger.step(&id(1), t);
+                ledger.steps(&id(1), [t]);
             }
         }
         let oldest = ledger.oldest(Duration::from_secs(10));
         assert_eq!(oldest[&(Role::Client, 7007, State::Established)], Duration::from_secs(8));
         for t in life.observe(Duration::from_secs(11), State::Close, Evidence::TcpInfo).iter() {
-            ledger.step(&id(1), t);
+            ledger.steps(&id(1), [t]);
         }
         assert!(ledger.is_empty());
         let kept = ledger.recent(10);
@@ -377,14 +378,14 @@ mod tests {
             ledger.open(&server(cookie), State::Listen, when);
             let mut life = Lifecycle::accepted(when);
             for state in [State::Established, State::CloseWait] {
-                life.observe(when, state, Evidence::TcpInfo).iter().for_each(|t| ledger.step(&server(cookie), t));
+                life.observe(when, state, Evidence::TcpInfo).iter().for_each(|t| ledger.steps(&server(cookie), [t]));
             }
             life
         };
         ledger.open(&client(1), State::Close, at(1));
         let mut earlier = close_wait(2, at(2));
         assert!(ledger.other_end_entered(&client(1), State::CloseWait));
-        earlier.observe(at(3), State::Close, Evidence::TcpInfo).iter().for_each(|t| ledger.step(&server(2), t));
+        earlier.observe(at(3), State::Close, Evidence::TcpInfo).iter().for_each(|t| ledger.steps(&server(2), [t]));
         assert!(ledger.other_end_entered(&client(1), State::CloseWait), "also when it has ended");
         ledger.open(&client(3), State::Close, at(4));
         ledger.open(&server(4), State::Listen, at(5));

@@ -119,7 +119,6 @@ pub async fn run(bound: Bound, sources: Sources, stop: Stop) -> anyhow::Result<(
 
 /// One connection: any number of requests, each in time.
 async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>, peer: Arc<Peer>, stop: Stop) {
-    let _ = stream.set_nodelay(true);
     let asking = Arc::clone(&peer);
     let service = service_fn(move |request| {
         let (sources, peer) = (Arc::clone(&sources), Arc::clone(&asking));

@@ -14,10 +14,14 @@ impl Conn {
     /// The descriptor reads CLOSE: the connection failed, or it ended well and may live on as TIME_WAIT, which no
     /// descriptor shows.
     pub(super) fn see_close(&mut self, info: &TcpInfo, mut known: Known) {
-        if self.error.is_none() {
+        let before = self.life.state();
+        // `bytes_acked` counts our FIN: it was acknowledged, so the way led through LAST_ACK, and nothing went wrong.
+        let acked = matches!(before, State::CloseWait | State::LastAck)
+            && self.fin_sent
+            && info.bytes_acked >= self.all_acked();
+        if self.error.is_none() && !acked {
             self.error = sockopt::take_error(self.stream().as_fd()).ok().flatten();
         }
-        let before = self.life.state();
         if let Some(error) = &self.error {
             let (cause, came_after_fin) = cause_of(error);
             known.cause = cause;
@@ -30,10 +34,7 @@ impl Conn {
             return self.record(info, State::Close, &known);
         }
         if matches!(before, State::CloseWait | State::LastAck) {
-            // `bytes_acked` counts our FIN: it was acknowledged, so the way led through LAST_ACK.
-            if self.fin_sent && info.bytes_acked >= self.all_acked() {
-                known.cause = Some(Cause::Ack);
-            }
+            known.cause = acked.then_some(Cause::Ack);
             return self.record(info, State::Close, &known);
         }
         if self.fin_sent {

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use socket2::SockRef;
 use tokio::io::{Interest, Ready};
+use tokio::task::coop;
 
 use super::Conn;
 use crate::tcp::{Known, State, StateSet};
@@ -22,6 +23,8 @@ impl Conn {
     /// When the runtime is shutting down.
     pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         if self.blind || self.error.is_some() {
+            // Who always has more must not keep the others waiting; below, the registration sees to that.
+            ready!(coop::poll_proceed(cx)).made_progress();
             return Poll::Ready(Ok(()));
         }
         while matches!(self.life.state(), State::FinWait1) && self.fin_sent && self.left.is_none() {
@@ -112,6 +115,11 @@ impl Conn {
     /// # Errors
     /// `WouldBlock` when there is nothing; what ended the connection otherwise, once.
     pub fn try_read(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        if self.read_all && !buffer.is_empty() {
+            // TCP_INFO has said so: that saves the read that would find out.
+            self.note_end_of_stream();
+            return Ok(0);
+        }
         let mut read = 0;
         let result = if self.blind {
             let result = (&*SockRef::from(self.stream())).read(buffer).map(|n| read = n);

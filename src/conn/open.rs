@@ -33,9 +33,6 @@ impl Conn {
             Some(local) => local,
             None => stream.local_addr()?,
         };
-        // Without it a small answer waits for the ACK of the one before (RFC 896, tcp(7)); a reset connection refuses
-        // it, and that is told below.
-        let _ = stream.set_nodelay(true);
         let id = Identity { cookie, role: Role::Server, port, flow: Flow { local, peer } };
         let mut conn = Conn::new(stream, id, Lifecycle::accepted(at), afterlife, at);
         conn.note_accept();
@@ -46,7 +43,6 @@ impl Conn {
     /// its states.
     #[must_use]
     pub fn unwatched(stream: TcpStream, peer: SocketAddr, port: u16, afterlife: Afterlife) -> Conn {
-        let _ = stream.set_nodelay(true);
         let id = Identity { cookie: 0, role: Role::Server, port, flow: Flow { local: unspecified(peer), peer } };
         let life = Lifecycle::accepted(Duration::ZERO);
         let mut conn = Conn::bare(stream, id, life, afterlife);

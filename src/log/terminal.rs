@@ -6,7 +6,7 @@ use std::time::Duration;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level};
 
-use super::time::{clock_of, timestamp};
+use super::time::{clock_of, put_timestamp};
 use crate::kernel::clock;
 
 /// `12:00:01.123 client 3f2a  ESTABLISHED → FIN_WAIT1   after 1.002s  shutdown  [tcp_info]  local → peer`
@@ -61,7 +61,8 @@ pub(super) fn state(event: &Event<'_>, colour: bool, line: &mut String) {
     }
     let mut f = Fields::default();
     event.record(&mut f);
-    let time = timestamp(f.at.unwrap_or_else(clock::unix)).to_string();
+    let mut time = String::new();
+    put_timestamp(f.at.unwrap_or_else(clock::unix), &mut time);
     let paint = Paint(colour);
     let role = paint.of(if f.role == "server" { "35" } else { "36" });
     let dim = paint.of("2");
@@ -141,7 +142,8 @@ pub(super) fn plain(event: &Event<'_>, colour: bool, line: &mut String) {
         Level::WARN => "33",
         _ => "2",
     };
-    let time = timestamp(clock::unix()).to_string();
+    let mut time = String::new();
+    put_timestamp(clock::unix(), &mut time);
     put!(line, "{}{}{} ", paint.of("2"), clock_of(&time), paint.end());
     put!(line, "{}{:<5}{} ", paint.of(code), level.as_str(), paint.end());
     let mut fields = Fields::default();

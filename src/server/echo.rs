@@ -88,17 +88,20 @@ enum Wake {
 async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut Idleness) -> Result<Next> {
     let stopping = stop.begun();
     tokio::pin!(stopping);
+    let mut will_hear = false;
     // A peer that always has more never lets us wait, so the stop is looked at too, not only waited for.
     while !stop.has_begun() {
         // By hand, not by select!, which keeps a future of each kind beside what it waits for.
         let wake = poll_fn(|cx| {
             if let Poll::Ready(readable) = conn.poll_readable(cx) {
-                Poll::Ready(Wake::Readable(readable))
-            } else if stopping.as_mut().poll(cx).is_ready() {
-                Poll::Ready(Wake::Stop)
-            } else {
-                poll_silence(idle, cx).map(|()| Wake::Silence)
+                return Poll::Ready(Wake::Readable(readable));
             }
+            // Asking the future takes a lock. A task's waker stays the same, so once is enough to be woken by the stop.
+            if stop.has_begun() || (!will_hear && stopping.as_mut().poll(cx).is_ready()) {
+                return Poll::Ready(Wake::Stop);
+            }
+            will_hear = true;
+            poll_silence(idle, cx).map(|()| Wake::Silence)
         });
         match wake.await {
             Wake::Readable(readable) => readable?,
@@ -125,8 +128,6 @@ async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut I
                 return Ok(Next::Ended);
             }
         }
-        // It must not keep the others waiting either.
-        tokio::task::coop::consume_budget().await;
     }
     Ok(Next::CloseFirst(Reason::Drained, Vec::new()))
 }
