@@ -1,108 +1,148 @@
-//! The census of many sockets beside `ss -tan` on the same table, and what it does to echo traffic meanwhile.
+//! The census of many sockets beside `ss -tan`, `cat /proc/net/tcp` and, where it is installed, node_exporter's tcpstat,
+//! on the same table; what it does to echo traffic meanwhile; a lookup; the follower at full churn.
 //!
-//! `cargo bench --bench census [-- SOCKETS]` (default 90,000). The sockets are held by helper processes (this program
-//! again), both ends of each connection in one, because a process may open 20,000 descriptors or so. Prints figures;
-//! asserts only that the counts are right. Absolute times are the machine's of the moment: the ratios, taken in turn
-//! in one run, are what counts.
+//! `cargo bench --bench census [-- SOCKETS…] [--save DIRECTORY]` (default 1000 10000 90000). The sockets are held by
+//! helper processes (this program again), both ends of each connection in one, because a process may open 20,000
+//! descriptors or so. Prints figures; asserts only that the counts are right. Absolute times are the machine's of the
+//! moment: the ratios, taken in turn in one run, are what counts.
+
+mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use echoscope::kernel::{Table, sockopt};
+use echoscope::tcp::Flow;
+use support::{Goal, Kept, Line, Spread, await_listener, chart, get, installed, print, resident};
+
 const PORT: u16 = 17007;
 const WEB: &str = "127.0.0.1:19907";
+const NODE_EXPORTER: u16 = 19100;
 const EACH: usize = 8_000;
-const ROUNDS: usize = 11;
+const ROUNDS: usize = 9;
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
+    let mut arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     if std::env::var_os("CENSUS_HOLD").is_some() {
-        let address = arguments.next().expect("address");
-        return hold(&address, arguments.next().expect("count").parse().expect("count"));
+        return hold(&arguments[0], arguments[1].parse().expect("count"));
     }
-    let sockets: usize = arguments.next().map_or(90_000, |n| n.parse().expect("SOCKETS is a number"));
+    let save = arguments.iter().position(|a| a == "--save").map(|i| {
+        let directory = arguments.get(i + 1).expect("--save needs a directory").clone();
+        arguments.drain(i..=i + 1);
+        directory
+    });
+    let mut sizes: Vec<usize> = arguments.iter().map(|n| n.parse().expect("SOCKETS are numbers")).collect();
+    if sizes.is_empty() {
+        sizes = vec![1_000, 10_000, 90_000];
+    }
+    sizes.sort_unstable();
     let echoscope = start_echoscope();
+    let node_exporter = installed("prometheus-node-exporter").then(start_node_exporter);
     let empty = Reading::take();
-    let rss_before = resident_kib(echoscope.0.id());
-    let holders = start_holders(sockets / 2);
-    std::thread::sleep(Duration::from_millis(600)); // the cached reading must be stale
-    let full = Reading::take();
-    let held = full.established - empty.established;
-    assert!(held >= (sockets - 2) as u64, "the census counts {held} of {sockets}");
-
-    let mut ratios = Vec::new();
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        std::thread::sleep(Duration::from_millis(550));
-        let census = Reading::take().seconds;
-        let began = Instant::now();
-        let lines = ss();
-        let ss = began.elapsed().as_secs_f64();
-        assert!(lines >= sockets, "ss shows {lines}");
-        ratios.push(census / ss);
-        ours.push(census);
-        theirs.push(ss);
+    let resident_before = resident(echoscope.pid());
+    let (mut holders, mut held, mut lines) = (Vec::new(), 0, Vec::new());
+    for size in &sizes {
+        holders.extend(start_holders((size - held) / 2, holders.len()));
+        held = *size;
+        std::thread::sleep(Duration::from_millis(600)); // the cached reading must be stale
+        let shown = Reading::take().established - empty.established;
+        assert!(shown + 2 >= held as u64, "the census counts {shown} of {held}");
+        lines.extend(compare(held, size == sizes.last().expect("sizes"), node_exporter.is_some()));
     }
-    println!("sockets {held}, rounds {ROUNDS}");
-    println!("census            median {:7.1} ms  {}", 1e3 * median(&mut ours), spread(&ours, 1e3));
-    println!("ss -tan           median {:7.1} ms  {}", 1e3 * median(&mut theirs), spread(&theirs, 1e3));
-    println!("census / ss       median {:7.3}     {}", median(&mut ratios), spread(&ratios, 1.0));
-    let rss_after = resident_kib(echoscope.0.id());
+    let (hit, miss) = lookups();
+    print(&lines);
+    let grown = resident(echoscope.pid()) - resident_before;
     println!(
-        "resident memory   {rss_before} KiB empty, {rss_after} KiB after {} readings of {held} sockets",
-        ROUNDS + 2
+        "memory: {:.0} KiB more after {} readings than before (goal < 1 MB)",
+        grown / 1024.0,
+        ROUNDS * sizes.len()
     );
+    println!("lookup by cookie among {held} sockets: {:.1} µs, {:.1} µs when it is gone", 1e6 * hit, 1e6 * miss);
 
-    let mut quiet_p99 = Vec::new();
-    let mut scraped_p99 = Vec::new();
-    let mut p99_ratios = Vec::new();
-    for _ in 0..5 {
-        let quiet = echo_p99(false);
-        let scraped = echo_p99(true);
-        p99_ratios.push(scraped / quiet);
-        quiet_p99.push(quiet);
-        scraped_p99.push(scraped);
-    }
-    println!("echo p99, quiet   median {:7.3} ms  {}", 1e3 * median(&mut quiet_p99), spread(&quiet_p99, 1e3));
-    println!("echo p99, scraped median {:7.3} ms  {}", 1e3 * median(&mut scraped_p99), spread(&scraped_p99, 1e3));
-    println!("scraped / quiet   median {:7.3}     {}", median(&mut p99_ratios), spread(&p99_ratios, 1.0));
+    let rounds: Vec<[f64; 2]> = (0..5).map(|_| [false, true].map(echo_p99)).collect();
+    let p99 = |i: usize| Spread::of(&rounds.iter().map(|r| r[i]).collect::<Vec<_>>()).scaled(1e6);
+    lines.push(Line {
+        what: format!("echo p99 while {held} sockets are counted / not"),
+        ratio: Spread::of(&rounds.iter().map(|[quiet, scraped]| scraped / quiet).collect::<Vec<_>>()),
+        goal: Some(Goal::AtMost(2.0)),
+        absolute: format!("{:.0} µs quiet, {:.0} µs counted", p99(0).median, p99(1).median),
+    });
+    print(&lines[lines.len() - 1..]);
     drop(holders);
+    let (share, each, rate) = follower();
+    println!(
+        "follower at {rate:.0} lives a second: {:.1} % of a core, {:.1} µs for each life, none dropped",
+        100.0 * share,
+        1e6 * each
+    );
+    if let Some(directory) = save {
+        let json = serde_json::to_string_pretty(&lines).expect("JSON");
+        std::fs::write(format!("{directory}/census.json"), json).expect("save the figures");
+        let picture = chart::svg("echoscope's census, ratio of wall time (tick: the goal)", &lines);
+        std::fs::write(format!("{directory}/census.svg"), picture).expect("save the chart");
+    }
 }
 
-/// A child that ends with its owner.
-struct Kept(Child);
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+/// Everybody reads the same table in turn.
+fn compare(sockets: usize, goals: bool, node_exporter: bool) -> Vec<Line> {
+    let (mut ours, mut ss, mut text, mut node) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        std::thread::sleep(Duration::from_millis(550));
+        ours.push(Reading::take().seconds);
+        ss.push(timed("ss", &["-tan"], sockets));
+        text.push(timed("cat", &["/proc/net/tcp", "/proc/net/tcp6"], sockets));
+        if node_exporter {
+            let began = Instant::now();
+            let page = get(&format!("127.0.0.1:{NODE_EXPORTER}"), "/metrics");
+            node.push(began.elapsed().as_secs_f64());
+            assert!(page.contains("node_tcp_connection_states{state=\"established\"}"), "{page}");
+        }
     }
+    let census = Spread::of(&ours).scaled(1e3).median;
+    let line = |other: &str, theirs: &[f64], goal: f64| Line {
+        what: format!("{sockets} sockets: census / {other}"),
+        ratio: Spread::of(&ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect::<Vec<_>>()),
+        goal: goals.then_some(Goal::AtMost(goal)),
+        absolute: format!("{census:.1} ms, {other} {:.1} ms", Spread::of(theirs).scaled(1e3).median),
+    };
+    let mut lines = vec![line("ss -tan", &ss, 0.40), line("cat /proc/net/tcp", &text, 1.0)];
+    if node_exporter {
+        lines.push(line("node_exporter tcpstat", &node, 0.45));
+    }
+    lines
 }
 
 fn start_echoscope() -> Kept {
     let mut command = Command::new(env!("CARGO_BIN_EXE_echoscope"));
     command.args(["pair", "--listen", &format!("127.0.0.1:{PORT}"), "--web.listen-address", WEB]);
     command.args(["--connections", "1", "--rate", "0.0001", "--hold", "1h", "--log.level", "warn"]);
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("start echoscope");
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while TcpStream::connect(WEB).is_err() {
-        assert!(Instant::now() < deadline, "echoscope does not start");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Kept(child)
+    let echoscope = Kept::start(command.stdout(Stdio::null()));
+    await_listener(19907);
+    echoscope
 }
 
-fn start_holders(connections: usize) -> Vec<Kept> {
+fn start_node_exporter() -> Kept {
+    let mut command = Command::new("prometheus-node-exporter");
+    command.args(["--collector.disable-defaults", "--collector.tcpstat", "--log.level=error"]);
+    command.arg(format!("--web.listen-address=127.0.0.1:{NODE_EXPORTER}"));
+    let exporter = Kept::start(command.stdout(Stdio::null()));
+    await_listener(NODE_EXPORTER);
+    exporter
+}
+
+fn start_holders(connections: usize, already: usize) -> Vec<Kept> {
     let me = std::env::current_exe().expect("own path");
     let mut left = connections;
     let mut holders = Vec::new();
     while left > 0 {
         let share = left.min(EACH);
         left -= share;
-        let address = format!("127.0.0.{}:{PORT}", 2 + holders.len());
+        let address = format!("127.0.0.{}:{PORT}", 2 + already + holders.len());
         let mut command = Command::new(&me);
         command.env("CENSUS_HOLD", "1").args([&address, &share.to_string()]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start holder");
@@ -137,35 +177,26 @@ impl Reading {
     fn take() -> Reading {
         // From the question to the last byte of the answer, as ss is timed from its start to its end.
         let began = Instant::now();
-        let answer = get("/api/sockets");
+        let answer = get(WEB, "/api/sockets");
         let seconds = began.elapsed().as_secs_f64();
         let value: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
         let services = value["services"].as_array().expect("services");
-        Reading {
-            seconds,
-            established: services.iter().filter_map(|s| s["sockets"]["established"].as_u64()).sum(),
-        }
+        Reading { seconds, established: services.iter().filter_map(|s| s["sockets"]["established"].as_u64()).sum() }
     }
 }
 
-fn get(path: &str) -> String {
-    let mut stream = TcpStream::connect(WEB).expect("connect");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("ask");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("answer");
-    answer.split_once("\r\n\r\n").expect("a body").1.to_owned()
-}
-
-/// `ss -tan`, its output read and thrown away; how many lines there were.
-fn ss() -> usize {
-    let mut child = Command::new("ss").arg("-tan").stdout(Stdio::piped()).spawn().expect("ss (iproute2)");
+/// How long a command takes, its output read and thrown away; checks that it has told of so many sockets.
+fn timed(program: &str, arguments: &[&str], sockets: usize) -> f64 {
+    let began = Instant::now();
+    let mut child = Command::new(program).args(arguments).stdout(Stdio::piped()).spawn().expect(program);
     let mut out = child.stdout.take().expect("piped");
     let (mut buffer, mut lines) = (vec![0; 1 << 16], 0);
     while let Ok(n @ 1..) = out.read(&mut buffer) {
         lines += buffer[..n].iter().filter(|b| **b == b'\n').count();
     }
-    child.wait().expect("ss");
-    lines
+    child.wait().expect(program);
+    assert!(lines >= sockets, "{program} shows {lines} of {sockets}");
+    began.elapsed().as_secs_f64()
 }
 
 /// The 99th percentile of 64-byte echoes over three seconds, with a scrape every 500 ms or without.
@@ -174,7 +205,7 @@ fn echo_p99(scrape: bool) -> f64 {
     let scraper = Arc::clone(&done);
     let thread = std::thread::spawn(move || {
         while scrape && !scraper.load(Ordering::Relaxed) {
-            get("/metrics");
+            get(WEB, "/metrics");
             std::thread::sleep(Duration::from_millis(500));
         }
     });
@@ -194,17 +225,60 @@ fn echo_p99(scrape: bool) -> f64 {
     times[times.len() * 99 / 100]
 }
 
-fn resident_kib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let line = status.lines().find(|l| l.starts_with("VmRSS:")).expect("VmRSS");
-    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+/// What a lookup by cookie takes, of a socket that is there and of one that is not, in seconds.
+fn lookups() -> (f64, f64) {
+    const TIMES: u32 = 20_000;
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let stream = TcpStream::connect(listener.local_addr().expect("address")).expect("connect");
+    let flow = Flow { local: stream.local_addr().expect("address"), peer: stream.peer_addr().expect("address") };
+    let cookie = sockopt::cookie(stream.as_fd()).expect("cookie");
+    let (mut table, _) = Table::open(None).expect("the table");
+    let mut each = |cookie: u64, there: bool| {
+        let began = Instant::now();
+        for _ in 0..TIMES {
+            assert_eq!(table.find(&flow, cookie).expect("look up").is_some(), there);
+        }
+        began.elapsed().as_secs_f64() / f64::from(TIMES)
+    };
+    (each(cookie, true), each(cookie + 1_000_000_000, false))
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn spread(sorted: &[f64], scale: f64) -> String {
-    format!("({:.3} to {:.3})", scale * sorted[0], scale * sorted[sorted.len() - 1])
+/// The follower while the pair opens and closes as fast as it goes: its share of a core, its time for each life, and the
+/// lives a second.
+fn follower() -> (f64, f64, f64) {
+    const WEB: &str = "127.0.0.1:19908";
+    const OPENED: &str = "echoscope_connections_opened_total{role=\"client\"}";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_echoscope"));
+    command.args(["--web.listen-address", WEB, "--log.level", "warn", "pair", "--listen", "127.0.0.1:17008"]);
+    command.args([
+        "--connections",
+        "16",
+        "--rate",
+        "max",
+        "--messages",
+        "1",
+        "--think-time",
+        "0s",
+        "--close-delay",
+        "0s",
+    ]);
+    let pair = Kept::start(command.stdout(Stdio::null()));
+    await_listener(19908);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", pair.pid())).expect("tasks");
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+    let task = tasks.flatten().find(|t| read(t.path().join("comm")).trim() == "afterlife").expect("the follower");
+    let cpu = || {
+        let stat = read(task.path().join("schedstat"));
+        stat.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).expect("schedstat") / 1e9
+    };
+    let count = |name: &str| {
+        let page = get(WEB, "/metrics");
+        let lines = page.lines().filter(|line| line.starts_with(name));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
+    };
+    let (began, cpu_before, opened) = (Instant::now(), cpu(), count(OPENED));
+    std::thread::sleep(Duration::from_secs(5));
+    let (seconds, cpu, lives) = (began.elapsed().as_secs_f64(), cpu() - cpu_before, count(OPENED) - opened);
+    assert_eq!(count("echoscope_follow_dropped_total"), 0.0);
+    (cpu / seconds, cpu / lives, lives / seconds)
 }

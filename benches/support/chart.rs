@@ -10,9 +10,12 @@ const ROW: f64 = 26.0;
 const TOP: f64 = 64.0;
 
 pub fn svg(title: &str, lines: &[Line]) -> String {
-    let most = lines.iter().map(|l| l.ratio.max.max(l.goal.map_or(0.0, Goal::value))).fold(1.2, f64::max);
-    let scale = (WIDTH - LEFT - 40.0) / most;
-    let x = |ratio: f64| LEFT + ratio * scale;
+    let goal = |l: &Line| l.goal.map_or(1.0, Goal::value);
+    let step = 0.1;
+    let least = (lines.iter().map(|l| l.ratio.min.min(goal(l))).fold(0.9, f64::min) / step).floor() * step;
+    let most = lines.iter().map(|l| l.ratio.max.max(goal(l))).fold(1.1, f64::max);
+    let scale = (WIDTH - LEFT - 40.0) / (most - least);
+    let x = |ratio: f64| LEFT + (ratio - least) * scale;
     let height = TOP + ROW * lines.len() as f64 + 24.0;
     let mut out = String::new();
     let mut put = |text: std::fmt::Arguments<'_>| out.write_fmt(text).expect("writing to a string");
@@ -21,10 +24,10 @@ pub fn svg(title: &str, lines: &[Line]) -> String {
          font-size=\"13\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n<text x=\"16\" y=\"26\" \
          font-size=\"16\" fill=\"#111\">{title}</text>\n"
     ));
-    let step = if most > 4.0 { 2.0 } else { 0.2 };
-    for i in 0..=(most / step) as usize {
-        let ratio = i as f64 * step;
-        let (x, bottom, colour) = (x(ratio), height - 16.0, if (ratio - 1.0).abs() < 1e-9 { "#888" } else { "#e4e4e4" });
+    for i in 0..=((most - least) / step) as usize {
+        let ratio = least + i as f64 * step;
+        let (x, bottom, colour) =
+            (x(ratio), height - 16.0, if (ratio - 1.0).abs() < 1e-9 { "#888" } else { "#e4e4e4" });
         put(format_args!(
             "<line x1=\"{x:.1}\" y1=\"{TOP}\" x2=\"{x:.1}\" y2=\"{bottom}\" stroke=\"{colour}\"/>\n<text x=\"{x:.1}\" \
              y=\"{}\" text-anchor=\"middle\" fill=\"#666\" font-size=\"11\">{ratio:.1}</text>\n",
