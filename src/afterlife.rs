@@ -10,7 +10,7 @@ mod follower;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
@@ -60,6 +60,8 @@ struct Shared {
     /// Of those, how many have not been looked at once.
     unseen: AtomicUsize,
     limit: usize,
+    /// The thread has ended.
+    gone: AtomicBool,
     none_left: Notify,
     warned: OnceAMinute,
 }
@@ -77,6 +79,7 @@ impl Afterlife {
             following: AtomicUsize::new(0),
             unseen: AtomicUsize::new(0),
             limit,
+            gone: AtomicBool::new(false),
             none_left: Notify::new(),
             warned: OnceAMinute::default(),
         });
@@ -123,9 +126,13 @@ impl Afterlife {
         self.0.shared.following.load(Ordering::Acquire)
     }
 
+    fn is_gone(&self) -> bool {
+        self.0.shared.gone.load(Ordering::Acquire)
+    }
+
     /// Waits until every connection that was closed has been looked at: what is known of them is then told.
     pub async fn all_seen(&self) {
-        while self.0.shared.unseen.load(Ordering::Acquire) > 0 {
+        while self.0.shared.unseen.load(Ordering::Acquire) > 0 && !self.is_gone() {
             tokio::time::sleep(GATHER).await;
         }
     }
@@ -134,7 +141,7 @@ impl Afterlife {
     pub async fn none_left(&self) {
         loop {
             let notified = self.0.shared.none_left.notified();
-            if self.following() == 0 {
+            if self.following() == 0 || self.is_gone() {
                 return;
             }
             notified.await;
@@ -147,9 +154,11 @@ struct Gone(Arc<Shared>);
 
 impl Drop for Gone {
     fn drop(&mut self) {
-        self.0.following.store(0, Ordering::Release);
-        self.0.unseen.store(0, Ordering::Release);
+        self.0.gone.store(true, Ordering::Release);
         self.0.none_left.notify_waiters();
+        if std::thread::panicking() {
+            tracing::error!("the follower failed: what comes after close(2) is not observed any more");
+        }
     }
 }
 

@@ -256,7 +256,17 @@ fn tell(role: Role, verdict: Verdict, drain: DrainConfig, began: Instant, journa
     let (role, seconds) = (role.label(), began.elapsed().as_secs_f64());
     let left: Vec<String> = journal.ledger().states().iter().map(|(state, n)| format!("{state} {n}")).collect();
     let left_in_kernel = if left.is_empty() { "nothing".to_owned() } else { left.join(", ") };
-    if verdict.is_clean() {
+    if verdict.is_clean() && unfinished > 0 {
+        tracing::warn!(
+            role,
+            open,
+            lost,
+            unfinished,
+            seconds,
+            left_in_kernel,
+            "drained, but for handshakes that never finished"
+        );
+    } else if verdict.is_clean() {
         tracing::info!(
             role,
             open,

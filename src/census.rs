@@ -173,16 +173,29 @@ impl Census {
         reading
     }
 
-    /// The connections to local `port` between SYN and accept queue, each with the time until our SYN+ACK is repeated.
+    /// How many connections wait to be accepted at local `port`, over all its listeners.
     ///
     /// # Errors
     /// When the table cannot be read.
-    pub fn handshakes_in_progress(&self, port: u16) -> Result<HashMap<Flow, Duration>, TableError> {
+    pub fn accept_queue(&self, port: u16) -> Result<u64, TableError> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut length = 0;
+        let wanted = Wanted::new(StateSet::of(&[State::Listen]), &[port], &[]);
+        table.each(&wanted, |row| length += u64::from(row.receive_queue))?;
+        Ok(length)
+    }
+
+    /// The connections to local `port` between SYN and accept queue: how often our SYN+ACK was repeated, and when it will
+    /// be repeated next.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn handshakes_in_progress(&self, port: u16) -> Result<HashMap<Flow, (u8, Duration)>, TableError> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let mut found = HashMap::new();
         let wanted = Wanted::new(StateSet::of(&[State::SynRecv]), &[port], &[]);
         table.each(&wanted, |row| {
-            found.insert(row.flow, row.expires);
+            found.insert(row.flow, (row.retransmits, row.expires));
         })?;
         Ok(found)
     }
@@ -294,6 +307,7 @@ mod tests {
             flow: Flow { local: local.parse().unwrap(), peer: peer.parse().unwrap() },
             cookie: Some(1),
             timer: 0,
+            retransmits: 0,
             expires: Duration::from_secs(20),
             receive_queue: 3,
             send_queue: Some(128),

@@ -20,14 +20,18 @@ use tokio::net::TcpStream;
 use crate::afterlife::Afterlife;
 use crate::kernel::{TcpInfo, clock, filter, sockopt};
 use crate::ledger::Reason;
-use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
+use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
 
 /// A TCP connection that narrates its own life.
 #[expect(clippy::struct_excessive_bools, reason = "seven independent facts, each of which can be true of any state")]
 pub struct Conn {
     stream: Option<TcpStream>,
     afterlife: Afterlife,
-    id: Identity,
+    /// SO_COOKIE.
+    cookie: u64,
+    /// The service's port.
+    port: u16,
+    addresses: Addresses,
     life: Lifecycle,
     /// `tcpi_segs_in` at the last reading, if every segment counted there had also been processed. The kernel counts
     /// a segment before it takes the socket's lock (`tcp_segs_in`), so a reading may be ahead of the state that it
@@ -36,8 +40,8 @@ pub struct Conn {
     /// Payload bytes handed to the kernel, and taken from it.
     sent: u64,
     received: u64,
-    /// Smoothed RTT and retransmits at the last reading.
-    rtt: Duration,
+    /// Smoothed RTT in microseconds, as the kernel has it, and retransmits, at the last reading.
+    rtt_us: u32,
     retransmits: u32,
     /// What ended it, read from SO_ERROR before the application asked: reading consumes it.
     error: Option<Error>,
@@ -71,12 +75,14 @@ impl Conn {
         Conn {
             stream: Some(stream),
             afterlife,
-            id,
+            cookie: id.cookie,
+            port: id.port,
+            addresses: Addresses::of(id.flow),
             life,
             segments_in: None,
             sent: 0,
             received: 0,
-            rtt: Duration::ZERO,
+            rtt_us: 0,
             retransmits: 0,
             error: None,
             left: None,
@@ -106,7 +112,7 @@ impl Conn {
     /// The addresses.
     #[must_use]
     pub fn flow(&self) -> Flow {
-        self.id.flow
+        self.addresses.flow()
     }
 
     /// Sends our FIN (shutdown(2)) and looks where that leads. A connection that has ended meanwhile is no error.
@@ -191,7 +197,14 @@ impl Conn {
     /// Takes payload in again, once our FIN is out and acknowledged: it may wait behind what the peer has not read yet, and would
     /// acknowledge whatever was let in before it goes.
     pub fn release_payload(&mut self) {
-        if self.held && self.life.state() != State::FinWait1 {
+        if !self.held {
+            return;
+        }
+        let state = match TcpInfo::of(self.stream().as_fd()) {
+            Ok(info) if !self.watched => info.state,
+            _ => self.life.state(),
+        };
+        if state != State::FinWait1 {
             self.held = filter::remove(self.stream().as_fd()).is_err();
         }
     }
@@ -206,6 +219,10 @@ impl Conn {
         self.because(reason);
         self.look(Known::default());
         self.aborted = sockopt::reset_on_close(self.stream().as_fd()).is_ok();
+    }
+
+    fn id(&self) -> Identity {
+        Identity { cookie: self.cookie, role: self.life.role(), port: self.port, flow: self.flow() }
     }
 
     fn stream(&self) -> &TcpStream {
@@ -242,7 +259,7 @@ impl Conn {
     fn segments_since(&self, info: &TcpInfo) -> Option<u32> {
         match (self.life.state(), self.segments_in) {
             // Before data flows: segments with payload change no state of a handshake.
-            (State::Close | State::SynSent | State::SynRecv, _) if self.id.role == Role::Client => {
+            (State::Close | State::SynSent | State::SynRecv, _) if self.life.role() == Role::Client => {
                 Some(info.segments_in?.wrapping_sub(info.data_segments_in?))
             }
             (_, Some(before)) => Some(info.segments_in?.wrapping_sub(before)),
@@ -254,14 +271,19 @@ impl Conn {
         let transitions = self.life.observe_knowing(clock::monotonic(), state, Evidence::TcpInfo, known);
         // One segment made a client ESTABLISHED: none that was counted can be waiting.
         self.segments_in = info.segments_in.filter(|n| *n == 1 && state == State::Established);
-        (self.rtt, self.retransmits) = (info.rtt, info.retransmits);
-        self.afterlife.journal().record(&self.id, &transitions);
+        self.note_path(info);
+        self.afterlife.journal().record(&self.id(), &transitions);
+    }
+
+    fn note_path(&mut self, info: &TcpInfo) {
+        self.rtt_us = u32::try_from(info.rtt.as_micros()).unwrap_or(u32::MAX);
+        self.retransmits = info.retransmits;
     }
 
     /// What `bytes_acked` reads when everything is acknowledged: the payload, our FIN, and our SYN if we sent the
     /// first.
     fn all_acked(&self) -> u64 {
-        self.sent + 1 + u64::from(self.id.role == Role::Client)
+        self.sent + 1 + u64::from(self.life.role() == Role::Client)
     }
 
     /// Forgets a readiness, so that only its next edge wakes us.

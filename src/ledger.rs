@@ -6,12 +6,11 @@
 mod reason;
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::tcp::{Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
+use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
 
 pub use reason::Reason;
 
@@ -47,29 +46,6 @@ pub struct Life {
     taken: u8,
 }
 
-/// Two addresses in the room of a pointer and a half, for most are IPv4.
-#[derive(Clone, Debug)]
-enum Addresses {
-    V4(SocketAddrV4, SocketAddrV4),
-    Other(Box<Flow>),
-}
-
-impl Addresses {
-    fn of(flow: Flow) -> Addresses {
-        match flow.canonical() {
-            Flow { local: SocketAddr::V4(local), peer: SocketAddr::V4(peer) } => Addresses::V4(local, peer),
-            other => Addresses::Other(Box::new(other)),
-        }
-    }
-
-    fn flow(&self) -> Flow {
-        match self {
-            Addresses::V4(local, peer) => Flow { local: (*local).into(), peer: (*peer).into() },
-            Addresses::Other(flow) => **flow,
-        }
-    }
-}
-
 /// One step of a life, as kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
@@ -91,7 +67,7 @@ impl Life {
             cookie: id.cookie,
             role: id.role,
             port: id.port,
-            addresses: Addresses::of(id.flow),
+            addresses: Addresses::of(id.flow.canonical()),
             state,
             since: at,
             opened: at,
@@ -177,7 +153,7 @@ impl Ledger {
         let mut shard = self.shard(id.cookie);
         let Some(life) = shard.get_mut(&id.cookie) else { return };
         // Bound by connect(2) only after the life began.
-        life.addresses = Addresses::of(id.flow);
+        life.addresses = Addresses::of(id.flow.canonical());
         steps.into_iter().for_each(|t| life.take(t));
         if life.state == State::Close
             && life.taken > 0
@@ -232,6 +208,8 @@ impl Ledger {
         }
         lives.extend(lock(&self.ended).iter().cloned());
         keep_youngest(&mut lives, limit);
+        // One that ended between the two looks is in both.
+        lives.dedup_by_key(|life| life.cookie);
         lives
     }
 

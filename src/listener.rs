@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use prometheus::IntCounter;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::kernel::{clock, filter};
@@ -53,14 +53,6 @@ pub fn listen(config: &ListenConfig) -> io::Result<StdListener> {
 #[must_use]
 pub fn refuse_new(listener: &StdListener) -> bool {
     filter::refuse_new_handshakes(listener.as_fd()).is_ok()
-}
-
-/// The second best of [`refuse_new`]: by a backlog of 0 SYNs go unanswered while anyone waits (`sk_acceptq_is_full`).
-/// One that comes in the last instant before the close is reset.
-pub fn take_fewer(listener: &StdListener) {
-    if let Err(error) = SockRef::from(listener).listen(0) {
-        tracing::debug!(%error, "cannot shrink the accept queue");
-    }
 }
 
 /// Counts what accept(2) refuses, and says it once a minute.

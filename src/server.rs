@@ -162,11 +162,13 @@ pub async fn run(
         accepting.cut();
     };
     tokio::pin!(deadline);
+    // The others are waited for whatever befalls one of them.
     let all = async {
+        let mut all = Ok(());
         while let Some(ended) = workers.join_next().await {
-            worked(ended)?;
+            all = all.and(worked(ended));
         }
-        anyhow::Ok(())
+        all
     };
     tokio::pin!(all);
     tokio::select! {

@@ -3,6 +3,7 @@
 //! Pure: no clock, no I/O, nothing but `std`. Time comes in as an argument, as does every fact about the kernel.
 //! Must not know: sockets, metrics, logs.
 
+mod addresses;
 mod arrows;
 mod cause;
 mod evidence;
@@ -11,6 +12,7 @@ mod lifecycle;
 use std::fmt;
 use std::net::SocketAddr;
 
+pub use addresses::Addresses;
 pub use arrows::{ARROWS, Arrow, Trigger};
 pub use cause::Cause;
 pub use evidence::Evidence;

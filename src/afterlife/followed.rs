@@ -19,6 +19,9 @@ pub(super) const PATIENT: Duration = Duration::from_secs(1);
 /// By text every question costs the whole table.
 const EAGER_BY_TEXT: Duration = Duration::from_millis(100);
 
+/// TCP_TIMEWAIT_LEN (include/net/tcp.h).
+const TIME_WAIT: Duration = Duration::from_mins(1);
+
 /// `idiag_timer` of a minisocket: TIME_WAIT, or an orphan in FIN_WAIT2.
 const TIMEWAIT_TIMER: u8 = 3;
 
@@ -85,8 +88,12 @@ impl Followed {
         let transitions = match (row.map(|row| row.state), left) {
             (Some(State::TimeWait), Some((at, known))) => life.observe_knowing(at, State::TimeWait, evidence, &known),
             (Some(state), _) => life.observe_knowing(now, state, evidence, &known),
-            // The descriptor itself said CLOSE, and there is no TIME_WAIT: it ended then.
-            (None, Some((at, known))) => life.observe_knowing(at, State::Close, Evidence::TcpInfo, &known),
+            // The descriptor itself said CLOSE, and there is no TIME_WAIT: it ended then. Looked for so late, there may
+            // have been one.
+            (None, Some((at, known))) if now.saturating_sub(at) < TIME_WAIT => {
+                life.observe_knowing(at, State::Close, Evidence::TcpInfo, &known)
+            }
+            (None, Some(_)) => life.observe_knowing(now, State::Close, evidence, &Known::default()),
             (None, None) => {
                 let cause = match before {
                     State::TimeWait if now >= self.expires => Some(Cause::Expired),
@@ -141,7 +148,7 @@ mod tests {
 
     fn row(state: State, cookie: Option<u64>, expires: Duration) -> Row {
         let flow = followed(State::FinWait1, Evidence::SockDiag).departed.id.flow;
-        Row { state, flow, cookie, timer: TIMEWAIT_TIMER, expires, receive_queue: 0, send_queue: None }
+        Row { state, flow, cookie, timer: TIMEWAIT_TIMER, retransmits: 0, expires, receive_queue: 0, send_queue: None }
     }
 
     fn told(noted: &Noted) -> Vec<(State, Option<Cause>)> {

@@ -2,7 +2,6 @@
 
 use std::io::Error;
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use super::Conn;
 use crate::afterlife::Departed;
@@ -38,9 +37,9 @@ impl Conn {
             return self.record(info, State::Close, &known);
         }
         if self.fin_sent {
-            (self.rtt, self.retransmits) = (info.rtt, info.retransmits);
+            self.note_path(info);
             let several_ways = matches!(before, State::Established | State::FinWait1) && known.segments != Some(1);
-            if several_ways && self.afterlife.journal().ledger().other_end_entered(&self.id, State::CloseWait) {
+            if several_ways && self.afterlife.journal().ledger().other_end_entered(&self.id(), State::CloseWait) {
                 // Both ends are ours, and the other one had our FIN before it sent its own: its FIN acknowledged ours.
                 known.never = known.never.with(State::Closing);
             }
@@ -57,17 +56,17 @@ impl Drop for Conn {
             // The follower begins where the descriptor ends.
             self.look(Known::default());
         }
-        let journal = self.afterlife.journal();
-        let metrics = journal.metrics().role(self.id.role);
-        if self.rtt > Duration::ZERO {
-            metrics.rtt.observe(self.rtt.as_secs_f64());
+        let (id, journal) = (self.id(), self.afterlife.journal());
+        let metrics = journal.metrics().role(id.role);
+        if self.rtt_us > 0 {
+            metrics.rtt.observe(f64::from(self.rtt_us) / 1e6);
         }
         metrics.retransmits.inc_by(self.retransmits.into());
         let reason = self.reason.unwrap_or(Reason::Cancelled);
         if !self.watched {
-            return journal.count_close(self.id.role, reason);
+            return journal.count_close(id.role, reason);
         }
-        journal.close(&self.id, reason);
+        journal.close(&id, reason);
         let closed = clock::monotonic();
         drop(self.stream.take());
         if self.life.is_over() {
@@ -75,7 +74,7 @@ impl Drop for Conn {
         }
         let call = (!self.fin_sent && !self.aborted).then_some((Cause::Close, closed));
         self.afterlife.follow(Departed {
-            id: self.id,
+            id,
             life: self.life,
             left: self.left.take().map(|left| *left),
             known: Known { call, ..Known::default() },

@@ -137,7 +137,7 @@ impl Conn {
         match result {
             _ if read > 0 => {
                 self.received += read as u64;
-                self.afterlife.journal().metrics().role(self.id.role).received.inc_by(read as u64);
+                self.afterlife.journal().metrics().role(self.life.role()).received.inc_by(read as u64);
                 Ok(read)
             }
             // The error was taken from the descriptor by an earlier look; here it is owed.
@@ -165,7 +165,7 @@ impl Conn {
         match self.stream().try_io(Interest::WRITABLE, || (&*SockRef::from(self.stream())).write(bytes)) {
             Ok(written) => {
                 self.sent += written as u64;
-                self.afterlife.journal().metrics().role(self.id.role).sent.inc_by(written as u64);
+                self.afterlife.journal().metrics().role(self.life.role()).sent.inc_by(written as u64);
                 Ok(written)
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {

@@ -92,7 +92,7 @@ impl Conn {
             // A port of our own choosing that happens to be the target's: two SYNs crossed and we are connected to
             // ourselves (RFC 9293 section 3.5, simultaneous open). Nobody listens there, and an echo would prove
             // nothing.
-            None if conn.id.flow.local == conn.id.flow.peer => {
+            None if conn.flow().local == conn.flow().peer => {
                 conn.abort(Reason::Refused);
                 Err(ErrorKind::ConnectionRefused.into())
             }
@@ -112,7 +112,7 @@ impl Conn {
                 // accept(2) returns connections that were established, whatever has become of them.
                 let at = clock::monotonic();
                 let transitions = self.life.observe_knowing(at, State::Established, Evidence::Inferred, &known);
-                self.afterlife.journal().record(&self.id, &transitions);
+                self.afterlife.journal().record(&self.id(), &transitions);
                 self.see(&info, Known::default());
             }
             Err(error) => tracing::debug!(%error, "TCP_INFO after accept"),
@@ -125,7 +125,7 @@ impl Conn {
         if info.state == State::Close {
             // Refused within the call: the SYN was sent, or the call had failed otherwise.
             let transitions = self.life.observe_knowing(called, State::SynSent, Evidence::Inferred, &known);
-            self.afterlife.journal().record(&self.id, &transitions);
+            self.afterlife.journal().record(&self.id(), &transitions);
         }
         self.see(&info, known);
     }

@@ -66,11 +66,13 @@ fn parse(line: &[u8]) -> Result<Row, LineError> {
         u8::from_str_radix(next("state")?, 16).ok().and_then(State::from_kernel).ok_or_else(|| wrong("state"))?;
     let (send_queue, receive_queue) = hex_pair(next("queues")?).ok_or_else(|| wrong("queues"))?;
     let (timer, expires) = hex_pair(next("timer")?).ok_or_else(|| wrong("timer"))?;
+    let retransmits = u32::from_str_radix(next("retransmits")?, 16).map_err(|_| wrong("retransmits"))?;
     Ok(Row {
         state: state.shown(),
         flow: Flow { local, peer },
         cookie: None,
         timer: u8::try_from(timer).map_err(|_| wrong("timer"))?,
+        retransmits: u8::try_from(retransmits).unwrap_or(u8::MAX),
         expires: TICK.saturating_mul(expires),
         receive_queue,
         // For a listener the kernel prints its accept queue's length here, and its limit nowhere.

@@ -15,6 +15,8 @@ pub struct Row {
     pub cookie: Option<u64>,
     /// Which timer runs (`idiag_timer`): 3 is TIME_WAIT's.
     pub timer: u8,
+    /// How often what waits for that timer was repeated already; for a handshake, our SYN+ACK.
+    pub retransmits: u8,
     /// When that timer fires.
     pub expires: Duration,
     /// Bytes not yet read (a FIN counts one); for a listener, the length of its accept queue.

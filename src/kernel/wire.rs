@@ -143,6 +143,7 @@ impl Diag<'_> {
             flow: Flow { local: address(b, b[0], 4, 8, scope)?, peer: address(b, b[0], 6, 24, scope)? },
             cookie: Some(u64::from(u32_at(b, 44)) | u64::from(u32_at(b, 48)) << 32),
             timer: b[2],
+            retransmits: b[3],
             expires: Duration::from_millis(u32_at(b, 52).into()),
             receive_queue: u32_at(b, 56),
             send_queue: Some(u32_at(b, 60)),
@@ -693,7 +694,7 @@ mod tests {
         fn bytes(&self) -> Vec<u8> {
             let Flow { local, peer } = self.row.flow;
             let family = if local.is_ipv4() { 2 } else { 10 };
-            let mut body = vec![family, self.kernel_state, self.row.timer, 0];
+            let mut body = vec![family, self.kernel_state, self.row.timer, self.row.retransmits];
             body.extend(local.port().to_be_bytes());
             body.extend(peer.port().to_be_bytes());
             for ip in [local.ip(), peer.ip()] {
@@ -734,9 +735,15 @@ mod tests {
         };
         let attribute = (kind, value, lie(32)).prop_map(|(kind, value, lie)| (kind, value, lie.map(|lie| lie as u16)));
         let id = (any::<bool>(), any::<[[u8; 16]; 2]>(), any::<[u16; 2]>(), any::<u32>());
-        let rest = (1..=12_u8, any::<u64>(), any::<u8>(), any::<[u32; 3]>());
+        let rest = (1..=12_u8, any::<u64>(), any::<[u8; 2]>(), any::<[u32; 3]>());
         (any::<u32>(), id, rest, vec(attribute, 0..4), lie(400)).prop_map(
-            |(sequence, (v4, ips, ports, scope), (kernel_state, cookie, timer, words), attributes, lie)| {
+            |(
+                sequence,
+                (v4, ips, ports, scope),
+                (kernel_state, cookie, [timer, retransmits], words),
+                attributes,
+                lie,
+            )| {
                 let [local, peer] = [0, 1].map(|end| {
                     let (ip, port): ([u8; 16], u16) = (ips[end], ports[end]);
                     if v4 {
@@ -750,6 +757,7 @@ mod tests {
                     flow: Flow { local, peer },
                     cookie: Some(cookie),
                     timer,
+                    retransmits,
                     expires: Duration::from_millis(words[0].into()),
                     receive_queue: words[1],
                     send_queue: Some(words[2]),

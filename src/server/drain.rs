@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{Shared, accepted, count_aborted, permit, start};
 use crate::ledger::Reason;
-use crate::listener::{accept_queued, refuse_new, take_fewer};
+use crate::listener::{accept_queued, refuse_new};
 use crate::shutdown::Stop;
 use crate::tcp::Flow;
 
@@ -25,6 +25,12 @@ const PATIENT: Duration = Duration::from_millis(250);
 
 /// A peer that is there answers a repeated SYN+ACK within this time.
 const ANSWER: Duration = Duration::from_secs(1);
+
+/// Who has left so many repetitions of our SYN+ACK unanswered (1 s, 2 s and 4 s apart, RFC 6298) is not waited for.
+const MOST_REPEATED: u8 = 2;
+
+/// How often to wait for handshakes that began while earlier ones were waited for.
+const ROUNDS: usize = 3;
 
 /// How a queue came to be empty.
 enum Emptied {
@@ -44,27 +50,45 @@ pub(super) async fn serve_queued(
     shared: &Arc<Shared>,
     stop: &Stop,
 ) {
-    let end = async {
-        if refuse_new(&listener) {
-            return settle(&listener, tasks, permits, shared, stop).await;
+    // Without the privilege to refuse, new ones begin while the earlier are waited for; those that begin in the last
+    // instant are reset.
+    let rounds = if refuse_new(&listener) { 1 } else { ROUNDS };
+    for _ in 0..rounds {
+        match settle(&listener, tasks, permits, shared, stop).await {
+            Ok(Settled::Quiet) => return,
+            Ok(Settled::Busy) => {}
+            Err(Cut) => return reset_queued(&listener, shared),
         }
-        // Without the privilege to refuse: those first who are in the handshake now, for a shorter queue would keep
-        // them out; then with the shortest queue those that came meanwhile.
-        settle(&listener, tasks, permits, shared, stop).await?;
-        take_fewer(&listener);
-        settle(&listener, tasks, permits, shared, stop).await
-    };
-    if let Err(Cut) = end.await {
-        // The deadline passed with a full house: those that still wait are taken only to be reset, so that each is
-        // told and counted.
-        while let Ok(Some((stream, peer))) = accept_queued(&listener, &shared.faults) {
-            shared.drained.fetch_add(1, Ordering::Relaxed);
-            if let Some(mut conn) = accepted(stream, peer, shared) {
-                conn.abort(Reason::DrainAborted);
-                count_aborted(shared, 1);
+    }
+}
+
+/// The deadline passed with a full house: those that still wait are taken only to be reset, so that each is told and
+/// counted.
+fn reset_queued(listener: &StdListener, shared: &Shared) {
+    loop {
+        match accept_queued(listener, &shared.faults) {
+            Ok(Some((stream, peer))) => {
+                shared.drained.fetch_add(1, Ordering::Relaxed);
+                if let Some(mut conn) = accepted(stream, peer, shared) {
+                    conn.abort(Reason::DrainAborted);
+                    count_aborted(shared, 1);
+                }
+            }
+            Ok(None) => return,
+            // Not even to be told: the listener's end resets them.
+            Err(_no_descriptor) => {
+                let left = shared.census.accept_queue(shared.address.port()).unwrap_or(1).max(1);
+                shared.drained.fetch_add(left, Ordering::Relaxed);
+                return count_aborted(shared, left);
             }
         }
     }
+}
+
+/// Whether there was anybody to wait for.
+enum Settled {
+    Quiet,
+    Busy,
 }
 
 /// Serves until nobody waits in the queue and every handshake that had begun by now is over: finished and served,
@@ -75,9 +99,9 @@ async fn settle(
     permits: &Arc<Semaphore>,
     shared: &Arc<Shared>,
     stop: &Stop,
-) -> Result<(), Cut> {
+) -> Result<Settled, Cut> {
     let mut handshakes = Handshakes::of(shared).await;
-    let mut pause = EAGER;
+    let (mut pause, mut settled) = (EAGER, Settled::Quiet);
     loop {
         match serve_all(listener, tasks, permits, shared, stop).await {
             Ok(Emptied::AtOnce) => {}
@@ -86,8 +110,9 @@ async fn settle(
             Err(Cut) => return Err(handshakes.cut(shared)),
         }
         if handshakes.are_over() {
-            return Ok(());
+            return Ok(settled);
         }
+        settled = Settled::Busy;
         tokio::select! {
             () = sleep(pause) => {}
             () = stop.was_cut() => return Err(handshakes.cut(shared)),
@@ -155,17 +180,14 @@ impl Handshakes {
     }
 
     async fn look(&mut self, shared: &Arc<Shared>) {
-        let now = Instant::now();
         let present = in_progress(shared).await;
-        let before = self.0.len();
+        let now = Instant::now();
         self.0.retain(|flow, until| match present.get(flow) {
             None => false,
-            Some(repeated_in) => *until.get_or_insert(now + *repeated_in + ANSWER) > now,
+            // A peer that has not answered so often is none: a scan, or long gone.
+            Some((repeated, _)) if *repeated > MOST_REPEATED => false,
+            Some((_, next)) => *until.get_or_insert(now + *next + ANSWER) > now,
         });
-        let unanswered = before - self.0.len() - self.0.keys().filter(|flow| !present.contains_key(flow)).count();
-        if unanswered > 0 {
-            tracing::debug!(unanswered, "handshakes over, or given up: their peers do not answer");
-        }
     }
 
     /// The deadline came first: each counts as unfinished.
@@ -175,8 +197,8 @@ impl Handshakes {
     }
 }
 
-/// Handshakes with our port, and when our SYN+ACK will be repeated next. A table that cannot be read holds nothing up.
-async fn in_progress(shared: &Arc<Shared>) -> HashMap<Flow, Duration> {
+/// Handshakes with our port. A table that cannot be read holds nothing up.
+async fn in_progress(shared: &Arc<Shared>) -> HashMap<Flow, (u8, Duration)> {
     let (census, port) = (Arc::clone(&shared.census), shared.address.port());
     let read = tokio::task::spawn_blocking(move || census.handshakes_in_progress(port)).await;
     match read {

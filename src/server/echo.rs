@@ -48,24 +48,23 @@ pub(super) enum Served {
 
 /// Serves one connection to its end. What only few connections need at a time is boxed: an idle connection's task has
 /// room for nothing but waiting.
-pub(super) async fn echo(conn: &mut Conn, config: &ServerConfig, stop: &Stop) -> Served {
-    let mut idle = config.idle_timeout.map(|timeout| Box::new(Idle::new(timeout)));
-    let served = match serve(conn, config, stop, &mut idle).await {
-        Ok(Next::Ended) => Ok(Reason::Graceful),
-        Ok(Next::Silent) => {
-            // A peer that takes nothing: what it is owed cannot be delivered, so there is no clean end.
-            conn.abort(Reason::Idle);
-            Ok(Reason::Idle)
-        }
-        Ok(Next::CloseFirst(reason, rest)) => match Box::pin(end_it(conn, config, reason, rest, stop)).await {
-            Some(ended) => ended.map(|()| reason),
-            None => return Served::Aborted,
-        },
-        Err(error) => Err(error),
-    };
-    let lost = served.is_err() || conn.failure().is_some();
-    conn.because(served.unwrap_or_else(|error| Reason::of(&error)));
-    if lost { Served::Lost } else { Served::Well }
+pub(super) fn echo<'a>(
+    conn: &'a mut Conn,
+    config: &'a ServerConfig,
+    stop: &'a Stop,
+) -> impl Future<Output = Served> + use<'a> {
+    let idle = config.idle_timeout.map(|timeout| Box::new(Idle::new(timeout)));
+    // Not an async function: that would keep its arguments beside what it makes of them.
+    let mut service = Service { conn, config, stop, idle };
+    async move { service.run().await }
+}
+
+/// What the service of one connection works with, in one place, so that the futures below hold one reference each.
+struct Service<'a> {
+    conn: &'a mut Conn,
+    config: &'a ServerConfig,
+    stop: &'a Stop,
+    idle: Idleness,
 }
 
 /// How the service of a connection goes on.
@@ -85,93 +84,113 @@ enum Wake {
     Silence,
 }
 
-async fn serve(conn: &mut Conn, config: &ServerConfig, stop: &Stop, idle: &mut Idleness) -> Result<Next> {
-    let stopping = stop.begun();
-    tokio::pin!(stopping);
-    let mut will_hear = false;
-    // A peer that always has more never lets us wait, so the stop is looked at too, not only waited for.
-    while !stop.has_begun() {
-        // By hand, not by select!, which keeps a future of each kind beside what it waits for.
-        let wake = poll_fn(|cx| {
-            if let Poll::Ready(readable) = conn.poll_readable(cx) {
-                return Poll::Ready(Wake::Readable(readable));
+impl Service<'_> {
+    async fn run(&mut self) -> Served {
+        let served = match self.serve().await {
+            Ok(Next::Ended) => Ok(Reason::Graceful),
+            Ok(Next::Silent) => {
+                // A peer that takes nothing: what it is owed cannot be delivered, so there is no clean end.
+                self.conn.abort(Reason::Idle);
+                Ok(Reason::Idle)
             }
-            // Asking the future takes a lock. A task's waker stays the same, so once is enough to be woken by the stop.
-            if stop.has_begun() || (!will_hear && stopping.as_mut().poll(cx).is_ready()) {
-                return Poll::Ready(Wake::Stop);
-            }
-            will_hear = true;
-            poll_silence(idle, cx).map(|()| Wake::Silence)
-        });
-        match wake.await {
-            Wake::Readable(readable) => readable?,
-            Wake::Stop => break,
-            Wake::Silence => return Ok(Next::CloseFirst(Reason::Idle, Vec::new())),
-        }
-        match move_once(conn)? {
-            Moved::All => touch(idle),
-            Moved::Nothing => {}
-            Moved::Part(rest) => {
-                if let Some(next) = Box::pin(write_all(conn, rest, stop, idle)).await? {
-                    return Ok(next);
+            Ok(Next::CloseFirst(reason, rest)) => match Box::pin(self.end_it(reason, rest)).await {
+                Some(ended) => ended.map(|()| reason),
+                None => return Served::Aborted,
+            },
+            Err(error) => Err(error),
+        };
+        let lost = served.is_err() || self.conn.failure().is_some();
+        self.conn.because(served.unwrap_or_else(|error| Reason::of(&error)));
+        if lost { Served::Lost } else { Served::Well }
+    }
+
+    async fn serve(&mut self) -> Result<Next> {
+        let stopping = self.stop.begun();
+        tokio::pin!(stopping);
+        let mut will_hear = false;
+        // A peer that always has more never lets us wait, so the stop is looked at too, not only waited for.
+        while !self.stop.has_begun() {
+            // By hand, not by select!, which keeps a future of each kind beside what it waits for.
+            let wake = poll_fn(|cx| {
+                if let Poll::Ready(readable) = self.conn.poll_readable(cx) {
+                    return Poll::Ready(Wake::Readable(readable));
                 }
+                // Asking the future takes a lock. A task's waker stays the same, so once is enough to be woken by the
+                // stop.
+                if self.stop.has_begun() || (!will_hear && stopping.as_mut().poll(cx).is_ready()) {
+                    return Poll::Ready(Wake::Stop);
+                }
+                will_hear = true;
+                poll_silence(&mut self.idle, cx).map(|()| Wake::Silence)
+            });
+            match wake.await {
+                Wake::Readable(readable) => readable?,
+                Wake::Stop => break,
+                Wake::Silence => return Ok(Next::CloseFirst(Reason::Idle, Vec::new())),
             }
-            Moved::End => {
-                if !config.close_delay.is_zero() {
-                    let mut delay = Box::pin(tokio::time::sleep(config.close_delay));
-                    tokio::select! {
-                        () = &mut delay => {}
-                        () = &mut stopping => {}
+            match move_once(self.conn)? {
+                Moved::All => touch(&mut self.idle),
+                Moved::Nothing => {}
+                Moved::Part(rest) => {
+                    if let Some(next) = Box::pin(self.write_all(rest)).await? {
+                        return Ok(next);
                     }
                 }
-                conn.shutdown();
-                return Ok(Next::Ended);
+                Moved::End => {
+                    if !self.config.close_delay.is_zero() {
+                        Box::pin(self.delay()).await;
+                    }
+                    self.conn.shutdown();
+                    return Ok(Next::Ended);
+                }
             }
         }
+        Ok(Next::CloseFirst(Reason::Drained, Vec::new()))
     }
-    Ok(Next::CloseFirst(Reason::Drained, Vec::new()))
-}
 
-/// Writes what the socket did not take at once; nothing is read meanwhile. Returns what comes next, if not more of the
-/// same.
-async fn write_all(conn: &mut Conn, mut rest: Vec<u8>, stop: &Stop, idle: &mut Idleness) -> Result<Option<Next>> {
-    while !rest.is_empty() {
+    /// Stays in CLOSE_WAIT for a while, to be seen.
+    async fn delay(&self) {
+        tokio::select! {
+            () = tokio::time::sleep(self.config.close_delay) => {}
+            () = self.stop.begun() => {}
+        }
+    }
+
+    /// Writes what the socket did not take at once; nothing is read meanwhile. Returns what comes next, if not more of
+    /// the same.
+    async fn write_all(&mut self, mut rest: Vec<u8>) -> Result<Option<Next>> {
+        while !rest.is_empty() {
+            tokio::select! {
+                biased;
+                writable = self.conn.writable() => writable?,
+                () = self.stop.begun() => return Ok(Some(Next::CloseFirst(Reason::Drained, rest))),
+                () = poll_fn(|cx| poll_silence(&mut self.idle, cx)) => return Ok(Some(Next::Silent)),
+            }
+            let written = write_some(self.conn, &rest)?;
+            rest.drain(..written);
+            touch(&mut self.idle);
+        }
+        Ok(None)
+    }
+
+    /// Ends the connection from our side, in time; `None` when it had to be reset because the server's time was up.
+    async fn end_it(&mut self, reason: Reason, rest: Vec<u8>) -> Option<Result<()>> {
+        // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
+        let patience = self.config.idle_timeout.filter(|_| reason == Reason::Idle);
         tokio::select! {
             biased;
-            writable = conn.writable() => writable?,
-            () = stop.begun() => return Ok(Some(Next::CloseFirst(Reason::Drained, rest))),
-            () = poll_fn(|cx| poll_silence(idle, cx)) => return Ok(Some(Next::Silent)),
-        }
-        let written = write_some(conn, &rest)?;
-        rest.drain(..written);
-        touch(idle);
-    }
-    Ok(None)
-}
-
-/// Ends the connection from our side, in time; `None` when it had to be reset because the server's time was up.
-async fn end_it(
-    conn: &mut Conn,
-    config: &ServerConfig,
-    reason: Reason,
-    rest: Vec<u8>,
-    stop: &Stop,
-) -> Option<Result<()>> {
-    // An idle peer is given as long again as it was silent; a drain is ended by its deadline.
-    let patience = config.idle_timeout.filter(|_| reason == Reason::Idle);
-    tokio::select! {
-        biased;
-        closed = within(patience, close_first(conn, rest)) => {
-            // Once our FIN is out and theirs does not come, the kernel waits for it. Who does not take what it is owed
-            // is reset.
-            if closed.is_none() && !conn.sent_end() {
-                conn.abort(reason);
+            closed = within(patience, close_first(self.conn, rest)) => {
+                // Once our FIN is out and theirs does not come, the kernel waits for it. Who does not take what it is
+                // owed is reset.
+                if closed.is_none() && !self.conn.sent_end() {
+                    self.conn.abort(reason);
+                }
+                Some(closed.unwrap_or(Ok(())))
             }
-            Some(closed.unwrap_or(Ok(())))
-        }
-        () = stop.was_cut() => {
-            conn.abort(Reason::DrainAborted);
-            None
+            () = self.stop.was_cut() => {
+                self.conn.abort(Reason::DrainAborted);
+                None
+            }
         }
     }
 }

@@ -151,20 +151,11 @@ fn nobody_who_connects_at_the_last_moment_is_reset() {
 #[test]
 #[ignore = "needs CAP_NET_ADMIN"]
 fn who_is_connected_by_his_own_account_only_is_served_too() {
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
     let arguments = ["--max-connections", "1", "--accept-backlog", "8", "--drain-timeout", "60s"];
     for server in [server(&arguments), server_without_capabilities(&arguments)] {
         let address = server.server();
         // Their SYN+ACKs are lost, so that they are still in the handshake when the others fill the queue.
-        let late: Vec<Socket> = (0..5)
-            .map(|_| {
-                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
-                socket.attach_filter(&[SockFilter::new(RETURN, 0, 0, 0)]).unwrap();
-                socket.set_nonblocking(true).unwrap();
-                let _in_progress = socket.connect(&address.into());
-                socket
-            })
-            .collect();
+        let late: Vec<Socket> = (0..5).map(|_| half_open(address)).collect();
         let queued: Vec<Peer> = (0..10).map(|i| Peer::connect(address, i)).collect();
         until("a full queue", || (present(&server.metrics()) == 10.0).then_some(()));
         let late: Vec<Peer> = late
@@ -202,6 +193,53 @@ fn who_is_connected_by_his_own_account_only_is_served_too() {
         let verdict = one(&lines, CLEAN);
         assert_eq!((&verdict["open"], &verdict["unfinished"]), (&Value::from(15), &Value::from(0)), "{verdict}");
     }
+}
+
+/// A connection whose SYN+ACKs are lost, from the client's side: nobody is there, as after a port scan.
+fn half_open(address: SocketAddr) -> Socket {
+    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+    socket.attach_filter(&[SockFilter::new(RETURN, 0, 0, 0)]).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let _in_progress = socket.connect(&address.into());
+    socket
+}
+
+/// Without the privilege to refuse new connections, those that begin while the drain waits for somebody are served as
+/// well; who is not there is not waited for until the deadline, and fails nothing.
+#[test]
+#[ignore = "needs CAP_NET_ADMIN"]
+fn who_comes_during_the_drain_is_served_and_who_is_not_there_fails_nothing() {
+    let server = server_without_capabilities(&["--drain-timeout", "60s"]);
+    let address = server.server();
+    let handshakes = |count: f64| {
+        until("handshakes", || (server.metrics().sockets("server", address.port(), "syn_recv") == count).then_some(()));
+    };
+    let scan = half_open(address);
+    handshakes(1.0);
+    server.signal("TERM");
+    server.message(STOPPING);
+    let late: Vec<Socket> = (0..10).map(|_| half_open(address)).collect();
+    handshakes(11.0);
+    thread::scope(|scope| {
+        for (i, socket) in late.into_iter().enumerate() {
+            scope.spawn(move || {
+                socket.detach_filter().unwrap();
+                until("a SYN+ACK", || (TcpInfo::of(socket.as_fd()).unwrap().state == State::Established).then_some(()));
+                socket.set_nonblocking(false).unwrap();
+                let peer = Peer::over(socket.into(), i as u64);
+                peer.send(1000);
+                peer.stream.shutdown(Shutdown::Write).unwrap();
+                peer.read_back(0, u64::MAX);
+                peer.assert_not_reset();
+            });
+        }
+    });
+    let (_, lines) = end(server, 0);
+    let verdict = one(&lines, CLEAN);
+    assert_eq!((&verdict["open"], &verdict["unfinished"]), (&Value::from(10), &Value::from(0)), "{verdict}");
+    assert!(verdict["seconds"].as_f64() < Some(30.0), "{verdict}");
+    drop(scan);
 }
 
 #[test]
