@@ -42,9 +42,18 @@ fn two_hundred_lives_are_whole_at_both_ends() {
         "200",
         "--duration",
         "60s",
+        "--until-gone",
         "--output",
         "json",
     ]);
+    // The run goes on until the kernel has let go of all, so that the counters can be asked when all is told.
+    let metrics = until("200 in TIME_WAIT", || {
+        let metrics = pair.metrics();
+        let entered = metrics.sum("echoscope_tcp_transitions_total", &[("role", "client"), ("to", "time_wait")]);
+        (entered == 200.0).then_some(metrics)
+    });
+    metrics.assert_nothing_lost();
+    pair.signal("TERM");
     let (status, summary, lines) = pair.wait();
     assert_eq!(status.code(), Some(0), "{lines:#?}");
     let summary = json(&summary);
