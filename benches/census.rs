@@ -1,7 +1,7 @@
 //! The census of many sockets beside `ss -tan`, `cat /proc/net/tcp` and, where it is installed, node_exporter's tcpstat,
 //! on the same table; what it does to echo traffic meanwhile; a lookup; the follower at full churn.
 //!
-//! `cargo bench --bench census [-- SOCKETS…] [--save DIRECTORY]` (default 1000 10000 90000). The sockets are held by
+//! `cargo bench --bench census [-- SOCKETS…] [--save DIRECTORY]` (default 1000 10000 30000 90000 100000; goals are told at 90000). The sockets are held by
 //! helper processes (this program again), both ends of each connection in one, because a process may open 20,000
 //! descriptors or so. Prints figures; asserts only that the counts are right. Absolute times are the machine's of the
 //! moment: the ratios, taken in turn in one run, are what counts.
@@ -38,9 +38,10 @@ fn main() {
     });
     let mut sizes: Vec<usize> = arguments.iter().map(|n| n.parse().expect("SOCKETS are numbers")).collect();
     if sizes.is_empty() {
-        sizes = vec![1_000, 10_000, 90_000];
+        sizes = vec![1_000, 10_000, 30_000, 90_000, 100_000];
     }
     sizes.sort_unstable();
+    await_quiet_table();
     let echoscope = start_echoscope();
     let node_exporter = installed("prometheus-node-exporter").then(start_node_exporter);
     let empty = Reading::take();
@@ -52,9 +53,8 @@ fn main() {
         std::thread::sleep(Duration::from_millis(600)); // the cached reading must be stale
         let shown = Reading::take().established - empty.established;
         assert!(shown + 2 >= held as u64, "the census counts {shown} of {held}");
-        lines.extend(compare(held, size == sizes.last().expect("sizes"), node_exporter.is_some()));
+        lines.extend(compare(held, held == 90_000, node_exporter.is_some()));
     }
-    let (hit, miss) = lookups();
     print(&lines);
     let grown = resident(echoscope.pid()) - resident_before;
     println!(
@@ -62,7 +62,6 @@ fn main() {
         grown / 1024.0,
         ROUNDS * sizes.len()
     );
-    println!("lookup by cookie among {held} sockets: {:.1} µs, {:.1} µs when it is gone", 1e6 * hit, 1e6 * miss);
 
     let rounds: Vec<[f64; 2]> = (0..5).map(|_| [false, true].map(echo_p99)).collect();
     let p99 = |i: usize| Spread::of(&rounds.iter().map(|r| r[i]).collect::<Vec<_>>()).scaled(1e6);
@@ -73,13 +72,24 @@ fn main() {
         absolute: format!("{:.0} µs quiet, {:.0} µs counted", p99(0).median, p99(1).median),
     });
     print(&lines[lines.len() - 1..]);
-    drop(holders);
-    let (share, each, rate) = follower();
-    println!(
-        "follower at {rate:.0} lives a second: {:.1} % of a core, {:.1} µs for each life, none dropped",
-        100.0 * share,
-        1e6 * each
-    );
+    // Downwards, and last: what this leaves in TIME_WAIT would be in the way of the others.
+    for size in sizes.iter().rev() {
+        while held > *size
+            && let Some(holder) = holders.pop()
+        {
+            held -= 2 * holder.connections;
+        }
+        let (hit, miss) = lookups();
+        let (share, each, rate) = follower();
+        println!(
+            "{held:>7} sockets: lookup by cookie {:.1} µs, {:.1} µs when it is gone; follower at {rate:.0} lives a second: \
+             {:.1} % of a core, {:.1} µs for each life",
+            1e6 * hit,
+            1e6 * miss,
+            100.0 * share,
+            1e6 * each
+        );
+    }
     if let Some(directory) = save {
         let json = serde_json::to_string_pretty(&lines).expect("JSON");
         std::fs::write(format!("{directory}/census.json"), json).expect("save the figures");
@@ -117,6 +127,20 @@ fn compare(sockets: usize, goals: bool, node_exporter: bool) -> Vec<Line> {
     lines
 }
 
+/// Waits, two minutes at most, until what others left in TIME_WAIT is gone: everybody would have to pass over it.
+fn await_quiet_table() {
+    let deadline = Instant::now() + Duration::from_mins(2);
+    loop {
+        let text = std::fs::read_to_string("/proc/net/sockstat").expect("read sockstat");
+        let mut words = text.split_whitespace().skip_while(|word| *word != "tw").skip(1);
+        let waiting: usize = words.next().and_then(|n| n.parse().ok()).expect("tw in sockstat");
+        if waiting < 100 || Instant::now() > deadline {
+            return println!("{waiting} sockets in TIME_WAIT before the start");
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
 fn start_echoscope() -> Kept {
     let mut command = Command::new(env!("CARGO_BIN_EXE_echoscope"));
     command.args(["pair", "--listen", &format!("127.0.0.1:{PORT}"), "--web.listen-address", WEB]);
@@ -135,7 +159,13 @@ fn start_node_exporter() -> Kept {
     exporter
 }
 
-fn start_holders(connections: usize, already: usize) -> Vec<Kept> {
+/// A process that holds both ends of some connections.
+struct Holder {
+    connections: usize,
+    _process: Kept,
+}
+
+fn start_holders(connections: usize, already: usize) -> Vec<Holder> {
     let me = std::env::current_exe().expect("own path");
     let mut left = connections;
     let mut holders = Vec::new();
@@ -149,7 +179,7 @@ fn start_holders(connections: usize, already: usize) -> Vec<Kept> {
         let mut ready = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut ready).expect("holder");
         assert_eq!(ready.trim(), "ready");
-        holders.push(Kept(child));
+        holders.push(Holder { connections: share, _process: Kept(child) });
     }
     holders
 }
