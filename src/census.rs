@@ -9,17 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::journal::Journal;
-use crate::kernel::{Observer, Row, Table, TableError, Wanted, clock, ports};
+use crate::kernel::{Observer, Row, TIME_WAIT, Table, TableError, Wanted, clock, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::{ObserverMetrics, TableGauges};
 use crate::scope::Scope;
-use crate::tcp::{Flow, Role, State, StateSet};
+use crate::tcp::{Flow, Role, State, StateSet, unscoped};
 
 /// How long a reading serves everyone who asks.
 pub const FRESH: Duration = Duration::from_millis(500);
-
-/// TCP_TIMEWAIT_LEN (include/net/tcp.h): what TIME_WAIT's timer starts from.
-const TIME_WAIT: Duration = Duration::from_mins(1);
 
 /// Label slots: kernel state numbers run from 1 to 12.
 const STATES: usize = 13;
@@ -239,8 +236,7 @@ impl Count<'_> {
         let mut targets: HashMap<SocketAddr, Vec<usize>> = HashMap::new();
         for (i, target) in scope.targets().iter().enumerate() {
             for address in target.addresses() {
-                let address = SocketAddr::new(address.ip(), address.port());
-                targets.entry(address).or_default().push(i);
+                targets.entry(unscoped(address)).or_default().push(i);
             }
         }
         Count { scope, services: scope.services().iter().map(service).collect(), targets, pairs: HashMap::new() }

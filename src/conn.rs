@@ -200,11 +200,9 @@ impl Conn {
         if !self.held {
             return;
         }
-        let state = match TcpInfo::of(self.stream().as_fd()) {
-            Ok(info) if !self.watched => info.state,
-            _ => self.life.state(),
-        };
-        if state != State::FinWait1 {
+        // Only of a watched connection the state is known without asking.
+        let asked = if self.watched { None } else { TcpInfo::of(self.stream().as_fd()).ok() };
+        if asked.map_or(self.life.state(), |info| info.state) != State::FinWait1 {
             self.held = filter::remove(self.stream().as_fd()).is_err();
         }
     }

@@ -16,7 +16,7 @@ mod tcp_info;
 mod wire;
 
 pub use error::{LineError, TableError};
-pub use row::{Row, Wanted};
+pub use row::{Row, TIME_WAIT, Wanted};
 pub use sock_diag::{DestroyEvents, Destroyed};
 pub use table::{Observer, Table};
 pub use tcp_info::TcpInfo;

@@ -237,9 +237,14 @@ impl Flow {
     /// The flow without IPv6 scopes, which /proc/net/tcp6 does not print.
     #[must_use]
     pub fn unscoped(self) -> Flow {
-        let unscoped = |address: SocketAddr| SocketAddr::new(address.ip(), address.port());
         Flow { local: unscoped(self.local), peer: unscoped(self.peer) }
     }
+}
+
+/// The address without its IPv6 scope and flow label.
+#[must_use]
+pub fn unscoped(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip(), address.port())
 }
 
 fn canonical(address: SocketAddr) -> SocketAddr {

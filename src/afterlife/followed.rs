@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::Departed;
-use crate::kernel::Row;
+use crate::kernel::{Row, TIME_WAIT};
 use crate::tcp::{Cause, Evidence, Known, State, StateSet, Transitions};
 
 /// Where a connection can be whose descriptor is closed.
@@ -18,9 +18,6 @@ pub(super) const PATIENT: Duration = Duration::from_secs(1);
 
 /// By text every question costs the whole table.
 const EAGER_BY_TEXT: Duration = Duration::from_millis(100);
-
-/// TCP_TIMEWAIT_LEN (include/net/tcp.h).
-const TIME_WAIT: Duration = Duration::from_mins(1);
 
 /// `idiag_timer` of a minisocket: TIME_WAIT, or an orphan in FIN_WAIT2.
 const TIMEWAIT_TIMER: u8 = 3;

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use crate::tcp::{Flow, State, StateSet};
 
+/// TCP_TIMEWAIT_LEN (include/net/tcp.h): what TIME_WAIT's timer starts from.
+pub const TIME_WAIT: Duration = Duration::from_mins(1);
+
 /// One socket as the table shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
