@@ -121,7 +121,7 @@ fn every_time_wait_is_followed_to_its_end() {
         (metrics.sum("echoscope_tcp_sockets", &[("role", "client"), ("state", "time_wait")]) == 40.0).then_some(())
     });
     // The one wait that cannot be hurried: TIME_WAIT lasts a minute.
-    let lines = pair.lines_until_end(std::time::Duration::from_secs(100));
+    let (_, lines) = pair.until_end(std::time::Duration::from_secs(100));
     let lives = lives(&lines);
     let ends: Vec<_> = lives.iter().filter(|((role, _), _)| role == "client").collect();
     assert_eq!(ends.len(), 40);
@@ -135,6 +135,7 @@ fn every_time_wait_is_followed_to_its_end() {
     }
 }
 
+/// About 70 s, most of it TIME_WAIT; runs beside the others.
 #[test]
 fn twenty_thousand_lives_as_fast_as_they_go_agree_to_the_last_transition() {
     const LIVES: usize = 20_000;
@@ -169,9 +170,8 @@ fn twenty_thousand_lives_as_fast_as_they_go_agree_to_the_last_transition() {
     // What 20,000 lives leave behind is what the follower still follows; the descriptors are gone.
     assert!(pair.descriptors() < 40, "{} descriptors", pair.descriptors());
     assert!(pair.resident_kib() < 64 * 1024, "{} KiB", pair.resident_kib());
-    pair.signal("TERM");
-    let (status, summary, lines) = pair.wait();
-    assert_eq!(status.code(), Some(0));
+    // Until the kernel has let go of all: before that, a TIME_WAIT may end between the summary and the log's last line.
+    let (summary, lines) = pair.until_end(std::time::Duration::from_secs(150));
     let summary = json(&summary);
     assert_eq!((&summary["connections"], &summary["outcomes"]["ok"]), (&LIVES.into(), &LIVES.into()));
     assert_eq!((&summary["echoes"], &summary["bytes_sent"]), (&LIVES.into(), &(64 * LIVES).into()));
@@ -184,8 +184,8 @@ fn twenty_thousand_lives_as_fast_as_they_go_agree_to_the_last_transition() {
         match (role.as_str(), walk(changes).as_slice()) {
             ("server", ["CLOSED", "LISTEN", "CLOSED"]) => continue,
             ("server", states) => assert_eq!(states, SERVER),
-            // While the run goes on, a port may be used again: then a TIME_WAIT's early end is told too.
-            (_, [states @ .., "CLOSED"] | states) => assert_eq!(states, CLIENT),
+            (_, [states @ .., "CLOSED"]) => assert_eq!(states, CLIENT),
+            (_, states) => panic!("not followed to its end: {states:?}"),
         }
         for change in changes {
             *entered.entry((role.as_str(), change.to.as_str())).or_insert(0) += 1;

@@ -164,8 +164,10 @@ impl Echoscope {
         (status, stdout, lines)
     }
 
-    /// Every log line until its end, which must be a good one and come within `patience`.
-    pub fn lines_until_end(mut self, patience: Duration) -> Vec<Value> {
+    /// Its stdout and every log line until its end, which must be a good one and come within `patience`.
+    pub fn until_end(mut self, patience: Duration) -> (String, Vec<Value>) {
+        let out = self.child.stdout.take().expect("piped");
+        let reader = std::thread::spawn(move || std::io::read_to_string(out));
         let deadline = Instant::now() + patience;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
@@ -176,7 +178,7 @@ impl Echoscope {
         };
         assert_eq!(status.code(), Some(0));
         until("the end of the log", || self.log.lines.lock().unwrap().1.then_some(()));
-        self.lines()
+        (reader.join().expect("stdout").expect("stdout is text"), self.lines())
     }
 
     /// `/metrics`, parsed.
