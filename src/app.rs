@@ -79,7 +79,7 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
 
     // Start. The server is told to drain when the pair's client has ended, so that it sees its connections close.
-    let readiness = Readiness::default();
+    let readiness = Readiness::new(metrics.ready.clone());
     let (draining, server_stop, web_stop) = (Stop::new(), Stop::new(), Stop::new());
     let end_all = EndAll { stop: stop.clone(), timeout: drain.timeout };
     let web = web.map(|bound| {

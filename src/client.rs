@@ -40,7 +40,7 @@ pub async fn run(
 ) -> Stats {
     let pace = Arc::new(Pace::start(config.rate, config.count, config.duration));
     let worker = Arc::new(lifecycle::Worker {
-        targets: Targets::new(targets, config.resolve_interval),
+        targets: Targets::new(targets, config.resolve_interval, afterlife.journal().metrics()),
         stats: Stats::new(config.connections),
         afterlife,
         progress,
@@ -59,7 +59,7 @@ pub async fn run(
                     biased;
                     () = worker.open(ticket, share, &stop, &ending) => {}
                     // Resolving, connecting or waiting to try again: nothing is open yet.
-                    () = ending.was_cut() => return share.done(Outcome::CutShort),
+                    () = ending.was_cut() => return worker.done(ticket, share, Outcome::CutShort),
                 }
             }
         });

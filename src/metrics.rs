@@ -84,10 +84,13 @@ pub struct Metrics {
     pub follow_dropped: IntCounter,
     /// Connections that are being followed after close(2).
     pub following: IntGauge,
+    /// 1 while this process takes work.
+    pub ready: IntGauge,
     /// How long the last drain took, in seconds.
     pub drain_duration: Gauge,
     /// Connections reset at `--drain-timeout`.
     pub drain_aborted: IntCounter,
+    outcomes: IntCounterVec,
     accept_errors: IntCounterVec,
     observer_duration: HistogramVec,
     observer_errors: IntCounterVec,
@@ -212,9 +215,18 @@ impl Metrics {
             ),
             following: make
                 .gauge("following", "Connections followed after close(2), until the kernel lets go of them."),
+            ready: make.gauge(
+                "ready",
+                "Whether this process takes work: 0 before everything listens, and from the first signal on.",
+            ),
             drain_duration: make.float_gauge("drain_duration_seconds", "How long the drain took, or takes so far."),
             drain_aborted: make
                 .counter("drain_aborted_total", "Connections reset because they were open at --drain-timeout."),
+            outcomes: make.counters(
+                "outcomes_total",
+                "How the client's turns ended, by target; ok: every echo came back and the close was as asked.",
+                &["target", "outcome"],
+            ),
             accept_errors,
             observer_duration,
             observer_errors,
@@ -234,6 +246,12 @@ impl Metrics {
     #[must_use]
     pub fn target(&self, index: usize) -> &TargetMetrics {
         &self.targets[index]
+    }
+
+    /// The counters of how the turns of the client's target `name` end, one for each of `outcomes`.
+    #[must_use]
+    pub fn outcomes<const N: usize>(&self, name: &str, outcomes: [&str; N]) -> [IntCounter; N] {
+        outcomes.map(|outcome| self.outcomes.with_label_values(&[name, outcome]))
     }
 
     /// The counters of accept(2) errors of one listening service, in the order of [`ACCEPT_ERRORS`].

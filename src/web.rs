@@ -10,7 +10,6 @@ pub mod probe;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -21,6 +20,7 @@ use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::IntGauge;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::TaskTracker;
 
@@ -38,18 +38,25 @@ const HEADERS: Duration = Duration::from_secs(20);
 /// At the end, answers under way may take so long.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
-/// Whether this process is ready for traffic.
-#[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+/// Whether this process takes work: one truth for the probe and for `echoscope_ready`.
+#[derive(Clone)]
+pub struct Readiness(IntGauge);
 
 impl Readiness {
+    /// Not ready yet; shown by `shown`.
+    #[must_use]
+    pub fn new(shown: IntGauge) -> Readiness {
+        shown.set(0);
+        Readiness(shown)
+    }
+
     /// Says so.
     pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+        self.0.set(i64::from(ready));
     }
 
     fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.get() == 1
     }
 }
 

@@ -65,11 +65,10 @@ impl Worker {
                 () = stop.begun() => break result,
             }
         };
+        self.done(ticket, share, result.as_ref().map_or_else(|failure| failure.outcome, |()| Outcome::Ok));
         match result {
-            Ok(()) => share.done(Outcome::Ok),
-            Err(Failure { outcome: Outcome::CutShort, .. }) => share.done(Outcome::CutShort),
+            Ok(()) | Err(Failure { outcome: Outcome::CutShort, .. }) => {}
             Err(Failure { outcome, error }) => {
-                share.done(outcome);
                 if let Some(times) = self.warned.due(clock::monotonic()) {
                     let (target_name, outcome) = (target.name(), outcome.label());
                     tracing::warn!(target_name, outcome, error, times, "connection failed");
@@ -77,6 +76,12 @@ impl Worker {
             }
         }
         self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts how a turn ended.
+    pub(super) fn done(&self, ticket: Ticket, share: &Share, outcome: Outcome) {
+        self.targets.of(ticket.number).count(outcome);
+        share.done(outcome);
     }
 
     async fn attempt(

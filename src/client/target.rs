@@ -5,8 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use prometheus::IntCounter;
 use tokio::time::Instant;
 
+use super::outcome::Outcome;
+use crate::metrics::Metrics;
 use crate::scope::Target;
 
 /// How long to leave a target alone after a failed open: at first, and at most.
@@ -24,6 +27,7 @@ pub(super) struct OneTarget {
     resolve_interval: Duration,
     state: Mutex<Resolved>,
     asking: tokio::sync::Mutex<()>,
+    outcomes: [IntCounter; Outcome::ALL.len()],
 }
 
 #[derive(Default)]
@@ -33,9 +37,10 @@ struct Resolved {
 }
 
 impl Targets {
-    pub(super) fn new(targets: Vec<Arc<Target>>, resolve_interval: Duration) -> Targets {
-        let one = |(index, target)| OneTarget {
+    pub(super) fn new(targets: Vec<Arc<Target>>, resolve_interval: Duration, metrics: &Metrics) -> Targets {
+        let one = |(index, target): (usize, Arc<Target>)| OneTarget {
             index,
+            outcomes: metrics.outcomes(&target.name, Outcome::ALL.map(Outcome::label)),
             target,
             resolve_interval,
             state: Mutex::default(),
@@ -54,6 +59,11 @@ impl OneTarget {
     /// As it was given.
     pub(super) fn name(&self) -> &str {
         &self.target.name
+    }
+
+    /// Counts how a turn at it ended.
+    pub(super) fn count(&self, outcome: Outcome) {
+        self.outcomes[outcome as usize].inc();
     }
 
     /// Its addresses, in the order to try them; resolved anew when the last answer is old or has failed.

@@ -275,9 +275,11 @@ fn during_the_drain_delay_it_still_accepts() {
     let web = server.web();
     let old = Peer::connect(server.server(), 1);
     old.echo(1000);
+    assert_eq!(server.metrics().sum("echoscope_ready", &[]), 1.0);
     let signalled = Instant::now();
     server.signal("TERM");
     until("503", || (get(web, "/-/ready").0 == 503).then_some(()));
+    assert_eq!(server.metrics().sum("echoscope_ready", &[]), 0.0);
     let new = Peer::connect(server.server(), 2);
     new.echo(1000);
     new.stream.shutdown(Shutdown::Write).unwrap();

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod census;
+mod dashboards;
 mod drain;
 mod fallback;
 mod floors;

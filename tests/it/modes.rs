@@ -173,7 +173,7 @@ fn take_turns(targets: &[String; 3], code: i32) -> [u64; 3] {
     let flags = ["--connections", "1", "--count", "30", "--retries", "0", "--until-gone"];
     let client = client(targets, &flags);
     until("thirty turns", || {
-        let ended = client.metrics().sum("echoscope_connections_closed_total", &[("role", "client")]);
+        let ended = client.metrics().sum("echoscope_outcomes_total", &[]);
         (ended == 30.0).then_some(())
     });
     // A page is not of one moment: what came before those ends is surely on the next one.
@@ -181,6 +181,8 @@ fn take_turns(targets: &[String; 3], code: i32) -> [u64; 3] {
     let connects = targets.each_ref().map(|target| {
         let count = |what| metrics.sum(&format!("echoscope_{what}_duration_seconds_count"), &[("target", target)]);
         assert_eq!([count("echo"), count("close")], [3.0, 1.0].map(|n| n * count("connect")), "{target}");
+        let ended = |how| metrics.sum("echoscope_outcomes_total", &[("target", target), ("outcome", how)]);
+        assert_eq!([ended("ok"), ended("refused")], [count("connect"), 10.0 - count("connect")], "{target}");
         count("connect") as u64
     });
     // It waits for its TIME_WAITs, so that there was somebody to ask.

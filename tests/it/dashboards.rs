@@ -1,0 +1,344 @@
+//! Dashboards, rules, README and runbook name only what the program exports, and leave nothing of it out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use promql_parser::label::MatchOp;
+use promql_parser::parser::{self, Expr, LabelModifier, VectorSelector};
+use promql_parser::util::{ExprVisitor, walk_expr};
+use serde_json::Value;
+
+use crate::support::{Echoscope, get};
+
+/// The labels that Prometheus adds to whatever it scrapes.
+const ADDED: [&str; 2] = ["job", "instance"];
+
+/// Metrics by name, each with its labels and their values.
+#[derive(Default)]
+struct Names(BTreeMap<String, BTreeMap<String, BTreeSet<String>>>);
+
+impl Names {
+    /// What a pair exports: everything that server and client do.
+    fn exported() -> Names {
+        let pair = Echoscope::start(&["pair", "--listen", "127.0.0.1:0"]);
+        let (_, page) = get(pair.web(), "/metrics");
+        let mut names = Names::default();
+        for line in page.lines().filter(|l| !l.starts_with('#')) {
+            let series = line.rsplit_once(' ').unwrap().0;
+            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            let entry = names.0.entry(name.to_owned()).or_default();
+            for pair in labels.trim_end_matches('}').split(',').filter(|p| !p.is_empty()) {
+                let (label, value) = pair.split_once('=').unwrap();
+                entry.entry(label.to_owned()).or_default().insert(value.trim_matches('"').to_owned());
+            }
+        }
+        names
+    }
+
+    /// With what Prometheus makes itself: of a scrape, of alerts, and by recording rules.
+    fn with_what_prometheus_makes(mut self) -> Names {
+        for name in ["up", "scrape_duration_seconds"] {
+            self.0.insert(name.to_owned(), BTreeMap::new());
+        }
+        let states = ["firing", "pending"].map(str::to_owned).into();
+        let alerts = rules().into_iter().filter_map(|rule| rule.alert).collect();
+        self.0
+            .insert("ALERTS".to_owned(), [("alertstate".to_owned(), states), ("alertname".to_owned(), alerts)].into());
+        for rule in rules() {
+            if let Some(name) = rule.record {
+                // The level that its name begins with says which labels it keeps.
+                let level = name.split(':').next().unwrap().split('_').filter(|l| *l != "instance");
+                let labels = level.map(|l| (l.to_owned(), BTreeSet::new())).collect();
+                self.0.insert(name, labels);
+            }
+        }
+        self
+    }
+
+    /// Names without what a histogram appends to them.
+    fn families(&self) -> BTreeSet<&str> {
+        let histogram = |name: &str| self.0.contains_key(&format!("{name}_bucket"));
+        let family = |name: &'_ str| {
+            let base = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+            base.filter(|base| histogram(base)).map_or(name.len(), str::len)
+        };
+        self.0.keys().map(|name| &name[..family(name)]).collect()
+    }
+
+    /// What of a query is not there.
+    fn faults(&self, query: &str) -> Vec<String> {
+        let query = query.replace("$__rate_interval", "1m").replace("$__range", "1m");
+        match parser::parse(&query) {
+            Ok(expr) => self.faults_of(&expr).into_iter().map(|fault| format!("{fault}: {query}")).collect(),
+            Err(error) => vec![format!("{error}: {query}")],
+        }
+    }
+
+    fn faults_of(&self, expr: &Expr) -> Vec<String> {
+        struct Visitor<'a>(&'a Names, Vec<String>);
+        impl ExprVisitor for Visitor<'_> {
+            type Error = ();
+            fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
+                let Visitor(names, faults) = self;
+                match expr {
+                    Expr::VectorSelector(selector) => faults.extend(names.faults_of_selector(selector)),
+                    Expr::MatrixSelector(matrix) => faults.extend(names.faults_of_selector(&matrix.vs)),
+                    Expr::Aggregate(aggregate) => faults.extend(names.unknown(aggregate.modifier.as_ref(), expr)),
+                    Expr::Binary(binary) => {
+                        let matching = binary.modifier.as_ref().and_then(|m| m.matching.as_ref());
+                        faults.extend(names.unknown(matching, expr));
+                    }
+                    _ => {}
+                }
+                Ok(true)
+            }
+        }
+        let mut visitor = Visitor(self, Vec::new());
+        let _ = walk_expr(&mut visitor, expr);
+        visitor.1
+    }
+
+    fn faults_of_selector(&self, selector: &VectorSelector) -> Vec<String> {
+        let name = selector.name.as_deref().unwrap_or("");
+        let Some(labels) = self.0.get(name) else { return vec![format!("no metric {name:?}")] };
+        let mut faults = Vec::new();
+        for matcher in &selector.matchers.matchers {
+            if ADDED.contains(&matcher.name.as_str()) {
+                continue;
+            }
+            let Some(values) = labels.get(&matcher.name) else {
+                faults.push(format!("{name} has no label {}", matcher.name));
+                continue;
+            };
+            let wanted: Vec<&str> = match matcher.op {
+                MatchOp::Equal | MatchOp::NotEqual => vec![&matcher.value],
+                MatchOp::Re(_) | MatchOp::NotRe(_) => matcher.value.split('|').collect(),
+            };
+            let literal = wanted.into_iter().filter(|v| !v.contains(['$', '.', '*']) && !v.is_empty());
+            faults.extend(
+                literal.filter(|v| !values.contains(*v)).map(|v| format!("{name}: {} is never {v}", matcher.name)),
+            );
+        }
+        faults
+    }
+
+    /// Labels that are named by an operator, and that nothing under it has.
+    fn unknown(&self, modifier: Option<&LabelModifier>, under: &Expr) -> Vec<String> {
+        struct Selected(BTreeSet<String>);
+        impl ExprVisitor for Selected {
+            type Error = ();
+            fn pre_visit(&mut self, expr: &Expr) -> Result<bool, ()> {
+                let name = match expr {
+                    Expr::VectorSelector(selector) => &selector.name,
+                    Expr::MatrixSelector(matrix) => &matrix.vs.name,
+                    _ => &None,
+                };
+                self.0.extend(name.clone());
+                Ok(true)
+            }
+        }
+        let Some(modifier) = modifier else { return Vec::new() };
+        let mut selected = Selected(BTreeSet::new());
+        let _ = walk_expr(&mut selected, under);
+        let has = |label: &str| selected.0.iter().filter_map(|name| self.0.get(name)).any(|l| l.contains_key(label));
+        let unknown = modifier.labels().labels.iter().filter(|l| !ADDED.contains(&l.as_str()) && !has(l));
+        unknown.map(|label| format!("nothing has the label {label}")).collect()
+    }
+}
+
+fn file(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn files(directory: &str, extension: &str) -> Vec<String> {
+    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(directory)).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut found: Vec<String> =
+        names.filter(|name| name.ends_with(extension)).map(|n| format!("{directory}/{n}")).collect();
+    found.sort();
+    assert!(!found.is_empty(), "{directory} has no {extension}");
+    found
+}
+
+#[derive(serde::Deserialize)]
+struct Rule {
+    alert: Option<String>,
+    record: Option<String>,
+    expr: String,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
+}
+
+fn rules() -> Vec<Rule> {
+    #[derive(serde::Deserialize)]
+    struct Group {
+        rules: Vec<Rule>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Groups {
+        groups: Vec<Group>,
+    }
+    let read = |path: String| serde_yaml_ng::from_str::<Groups>(&file(&path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    files("deploy/prometheus/rules", ".yml").into_iter().flat_map(|p| read(p).groups).flat_map(|g| g.rules).collect()
+}
+
+fn dashboards() -> Vec<(String, Value)> {
+    let read = |path: &String| serde_json::from_str(&file(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+    files("dashboards", ".json").into_iter().map(|path| (path.clone(), read(&path))).collect()
+}
+
+fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
+    let inner = |p: &Value| p["panels"].as_array().map_or(0, Vec::len);
+    let panels = dashboard["panels"].as_array().unwrap();
+    assert!(panels.iter().all(|p| inner(p) == 0), "rows are open: what is inside would not be looked at here");
+    panels.iter()
+}
+
+fn queries(dashboard: &Value) -> Vec<String> {
+    let of_panels = panels(dashboard).flat_map(|p| p["targets"].as_array().into_iter().flatten()).map(|t| &t["expr"]);
+    let of_annotations = dashboard["annotations"]["list"].as_array().unwrap().iter().map(|a| &a["expr"]);
+    of_panels.chain(of_annotations).filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+/// Words of a text that begin like a metric of ours.
+fn metrics_in(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':');
+    words.filter(|w| w.starts_with("echoscope_") && !w.contains(':')).collect()
+}
+
+#[test]
+fn dashboards_and_rules_name_only_what_is_there() {
+    let names = Names::exported().with_what_prometheus_makes();
+    let mut faults = Vec::new();
+    for (path, dashboard) in dashboards() {
+        faults.extend(queries(&dashboard).iter().flat_map(|q| names.faults(q)).map(|f| format!("{path}: {f}")));
+        let variables = dashboard["templating"]["list"].as_array().unwrap();
+        for query in variables.iter().filter_map(|v| v["query"]["query"].as_str()) {
+            let (selector, label) =
+                query.trim_start_matches("label_values(").trim_end_matches(')').rsplit_once(", ").unwrap();
+            let counted =
+                if ADDED.contains(&label) { selector.into() } else { format!("count by ({label}) ({selector})") };
+            faults.extend(names.faults(&counted).into_iter().map(|f| format!("{path}: {f}")));
+        }
+    }
+    for rule in rules() {
+        let name = rule.alert.or(rule.record).unwrap();
+        faults.extend(names.faults(&rule.expr).into_iter().map(|f| format!("{name}: {f}")));
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+fn every_exported_metric_is_on_a_dashboard() {
+    let names = Names::exported();
+    let shown: String = dashboards().iter().flat_map(|(_, d)| queries(d)).collect::<Vec<_>>().join("\n");
+    let shown = shown.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect::<BTreeSet<_>>();
+    let suffixes = ["", "_bucket", "_sum", "_count"];
+    let on_one = |family: &&str| suffixes.iter().any(|suffix| shown.contains(format!("{family}{suffix}").as_str()));
+    let left_out: Vec<&str> = names.families().into_iter().filter(|f| !on_one(f)).collect();
+    assert!(left_out.is_empty(), "{left_out:?}");
+}
+
+#[test]
+fn documents_name_only_what_is_there_and_readme_names_all_of_it() {
+    let names = Names::exported();
+    let families = names.families();
+    let readme = file("README.md");
+    for path in ["README.md", "docs/runbook.md", "docs/evidence.md"] {
+        let text = file(path);
+        let unknown: Vec<_> =
+            metrics_in(&text).into_iter().filter(|m| !families.contains(m) && !names.0.contains_key(*m)).collect();
+        assert!(unknown.is_empty(), "{path}: {unknown:?}");
+    }
+    let named = metrics_in(&readme);
+    let left_out: Vec<_> = families.iter().filter(|f| f.starts_with("echoscope_") && !named.contains(*f)).collect();
+    assert!(left_out.is_empty(), "README leaves out {left_out:?}");
+    // The table of metrics: | names | type | labels | … |
+    let rows: Vec<&str> = readme.lines().filter(|l| l.starts_with("| `echoscope_")).collect();
+    assert!(rows.len() > 10, "{rows:?}");
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let told: BTreeSet<&str> = cells[3].split([' ', ',']).filter(|l| !l.is_empty()).collect();
+        let of_family = |family: &&str| {
+            let names_of_it = names.0.iter().filter(move |(name, _)| name.starts_with(*family));
+            names_of_it.flat_map(|(_, labels)| labels.keys()).map(String::as_str).collect::<BTreeSet<_>>()
+        };
+        let has: BTreeSet<&str> = metrics_in(cells[1]).iter().flat_map(of_family).filter(|l| *l != "le").collect();
+        assert_eq!(told, has, "{row}");
+    }
+}
+
+#[test]
+fn every_alert_is_tested_and_has_its_runbook() {
+    #[derive(serde::Deserialize)]
+    struct Tests {
+        tests: Vec<Test>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Test {
+        #[serde(default)]
+        alert_rule_test: Vec<Case>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Case {
+        alertname: String,
+        #[serde(default)]
+        exp_alerts: Vec<serde_yaml_ng::Value>,
+    }
+    let tests = files("deploy/prometheus/tests", ".yml").into_iter().flat_map(|path| {
+        serde_yaml_ng::from_str::<Tests>(&file(&path)).unwrap_or_else(|e| panic!("{path}: {e}")).tests
+    });
+    let cases: Vec<Case> = tests.flat_map(|t| t.alert_rule_test).collect();
+    let runbook = file("docs/runbook.md");
+    for rule in rules() {
+        let Some(alert) = rule.alert else { continue };
+        let tested = |fires: bool| cases.iter().any(|c| c.alertname == alert && c.exp_alerts.is_empty() != fires);
+        assert!(tested(true) && tested(false), "{alert}: tested firing {}, quiet {}", tested(true), tested(false));
+        for annotation in ["summary", "description"] {
+            assert!(rule.annotations.get(annotation).is_some_and(|a| a.len() > 20), "{alert} has no {annotation}");
+        }
+        assert!(["warning", "critical"].contains(&rule.labels["severity"].as_str()), "{alert}");
+        assert_eq!(rule.annotations["runbook_url"], format!("docs/runbook.md#{}", alert.to_lowercase()));
+        assert!(runbook.lines().any(|l| l == format!("## {alert}")), "the runbook has no entry {alert}");
+    }
+}
+
+#[test]
+fn every_panel_says_what_a_bad_picture_means_and_has_its_place() {
+    let mut uids = BTreeSet::new();
+    for (path, dashboard) in dashboards() {
+        assert!(uids.insert(dashboard["uid"].as_str().unwrap().to_owned()), "{path}: uid");
+        let variables: Vec<&str> =
+            dashboard["templating"]["list"].as_array().unwrap().iter().map(|v| v["name"].as_str().unwrap()).collect();
+        assert_eq!(variables, ["datasource", "job", "instance", "role"], "{path}");
+        let annotations: Vec<&str> =
+            dashboard["annotations"]["list"].as_array().unwrap().iter().filter_map(|a| a["name"].as_str()).collect();
+        assert!(["Restarts", "Drains"].iter().all(|a| annotations.contains(a)), "{path}: {annotations:?}");
+        let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
+        for panel in panels(&dashboard) {
+            let title = panel["title"].as_str().unwrap();
+            assert!(ids.insert(panel["id"].as_u64().unwrap()), "{path}: {title}: id");
+            let side = |name: &str| panel["gridPos"][name].as_u64().unwrap();
+            assert!(side("x") + side("w") <= 24, "{path}: {title} is out of the grid");
+            for cell in
+                (side("x")..side("x") + side("w")).flat_map(|x| (side("y")..side("y") + side("h")).map(move |y| (x, y)))
+            {
+                assert!(taken.insert(cell), "{path}: {title} covers another panel");
+            }
+            if panel["type"] == "row" {
+                continue;
+            }
+            assert!(panel["description"].as_str().is_some_and(|d| d.len() > 40), "{path}: {title} says nothing");
+            for target in panel["targets"].as_array().unwrap() {
+                assert_eq!(target["datasource"]["uid"], "${datasource}", "{path}: {title}");
+                let expr = target["expr"].as_str().unwrap();
+                for variable in ["$job", "$instance"] {
+                    assert!(expr.contains(variable), "{path}: {title} does not heed {variable}: {expr}");
+                }
+            }
+        }
+    }
+}
