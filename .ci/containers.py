@@ -1,0 +1,332 @@
+"""The compose file as a user starts it, checked from outside. Called by .ci/containers, which finds engine and images.
+
+Grafana is left out: what it would ask Prometheus, this asks.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+PROJECT = f"echoscope-ci-{os.getpid()}"
+IMAGE = f"echoscope:ci-{os.getpid()}"
+# Beside whatever stack runs on this machine.
+PORTS = {"ECHO_PORT": "37007", "SERVER_WEB_PORT": "39907", "CLIENT_WEB_PORT": "39908", "PROMETHEUS_PORT": "39090", "GRAFANA_PORT": "33000"}
+ENV = os.environ | PORTS | {"ECHOSCOPE_IMAGE": IMAGE, "COMPOSE_PROJECT_NAME": PROJECT}
+PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
+COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+CORE = ["server", "client", "prometheus"]
+# Each profile: its services, which alerts it must fire at which instance within how many seconds, and which figures
+# turn red.
+TROUBLE = {
+    "leak": (["leaky", "leaked"], [("EchoscopeCloseWaitLeak", "leaky:9907", 240)], ["CLOSE_WAIT", "Oldest CLOSE_WAIT"]),
+    "churn": (
+        ["churned", "churn"],
+        [("EchoscopeLocalPortsWillRunOut", "churn:9907", 90), ("EchoscopeLocalPortsExhausted", "churn:9907", 180)],
+        ["Local ports used"],
+    ),
+    "flaky": (
+        ["flaky"],
+        [("EchoscopeEchoFailing", "flaky:9907", 150), ("EchoscopeConnectionsReset", "server:9907", 180)],
+        ["Success", "Alerts firing"],
+    ),
+}
+RESOLVED_WITHIN = 300
+
+
+def say(*words):
+    print(f"containers: {time.strftime('%H:%M:%S')}", *words, flush=True)
+
+
+def fail(*words):
+    raise SystemExit("containers: " + " ".join(str(w) for w in words))
+
+
+def run(*command, check=True):
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    if check and done.returncode:
+        fail(*command, "failed:", done.stdout[-2000:], done.stderr[-4000:])
+    return done.stdout
+
+
+def compose(*arguments, profiles=(), check=True):
+    return run(*COMPOSE, *(f"--profile={p}" for p in profiles), *arguments, check=check)
+
+
+def inspect(service):
+    container = compose("ps", "-q", service, profiles=TROUBLE).strip()
+    return json.loads(run("docker", "inspect", container))[0]
+
+
+def ask(path, **parameters):
+    url = f"{PROMETHEUS}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)["data"]
+
+
+def await_that(what, seconds, look):
+    """Looks again and again until `look` returns nothing to complain of; returns after how many seconds."""
+    began = time.monotonic()
+    while True:
+        try:
+            complaint = look()
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            complaint = error
+        took = time.monotonic() - began
+        if not complaint:
+            return took
+        if took > seconds:
+            fail(f"waited {seconds} s for {what}:", complaint)
+        time.sleep(0.5)
+
+
+# The image
+
+
+def image():
+    began = time.monotonic()
+    compose("build", "server")
+    say(f"image built in {time.monotonic() - began:.0f} s")
+    about = json.loads(run("docker", "image", "inspect", IMAGE))[0]
+    megabytes = about["Size"] / 1e6
+    config = about["Config"]
+    if megabytes >= 10:
+        fail(f"the image has {megabytes:.1f} MB")
+    if config["User"] != "65532:65532":
+        fail("the image's user is", config["User"])
+    if not config["Healthcheck"]:
+        fail("the image has no healthcheck")
+    labels = [f"org.opencontainers.image.{l}" for l in ("title", "description", "licenses", "version", "revision")]
+    if absent := [l for l in labels if not config["Labels"].get(l)]:
+        fail("the image lacks labels:", absent)
+    if version := set(re.findall(r'^version = "(.*)"', pathlib.Path("Cargo.toml").read_text(), re.M)) - {config["Labels"][labels[3]]}:
+        fail("the image's version is not", version)
+    container = run("docker", "create", IMAGE).strip()
+    try:
+        files = run("sh", "-c", f"docker export {container} | tar t").split()
+    finally:
+        run("docker", "rm", container)
+    # What the engine itself puts into every container, beside our one file.
+    ours = [f for f in files if not re.match(r"(dev|proc|sys|etc)/|\.dockerenv", f)]
+    if ours != ["echoscope"]:
+        fail("the image holds", ours)
+    say(f"image: {megabytes:.1f} MB, one file, user {config['User']}")
+
+
+# The stack
+
+
+def healthy(services):
+    states = {s: inspect(s)["State"] for s in services}
+    return [f"{s}: {state['Status']}, {state['Health']['Status']}" for s, state in states.items() if state["Health"]["Status"] != "healthy"]
+
+
+def unscraped(instances):
+    up = {s["metric"]["instance"] for s in ask("query", query="up == 1")["result"]}
+    return sorted(set(instances) - up)
+
+
+def start():
+    began = time.monotonic()
+    compose("up", "-d", *CORE)
+    await_that("health", 60, lambda: healthy(CORE))
+    await_that("the first scrapes", 60, lambda: unscraped(["server:9907", "client:9907"]))
+    took = time.monotonic() - began
+    say(f"all healthy and scraped {took:.1f} s after up")
+    if took > 30:
+        fail(f"all healthy and scraped only after {took:.1f} s")
+
+
+def hardened(service):
+    about = inspect(service)
+    root = pathlib.Path("/proc") / str(about["State"]["Pid"])
+    status = dict(line.split(":\t", 1) for line in (root / "status").read_text().splitlines() if ":\t" in line)
+    expected = {
+        "Uid": "65532\t65532\t65532\t65532",
+        "Gid": "65532\t65532\t65532\t65532",
+        "CapEff": "0000000000000000",
+        "CapPrm": "0000000000000000",
+        "CapBnd": "0000000000000000",
+        "NoNewPrivs": "1",
+        "Seccomp": "2",
+    }
+    found = {key: status[key] for key in expected}
+    if found != expected:
+        fail(service, "runs with", found)
+    mounts = [line.split() for line in (root / "mountinfo").read_text().splitlines()]
+    if not any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts):
+        fail(service, "can write to its root")
+    host = about["HostConfig"]
+    if not (host["Memory"] and host["NanoCpus"] and host["PidsLimit"]):
+        fail(service, "has no limits")
+    for bindings in (host["PortBindings"] or {}).values():
+        if any(b["HostIp"] != "127.0.0.1" for b in bindings):
+            fail(service, "is published beyond this machine")
+
+
+# The dashboards
+
+
+def substituted(expr):
+    for variable, value in {"$job": ".*", "$instance": ".*", "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}.items():
+        expr = expr.replace(variable, value)
+    if "$" in expr:
+        fail("a variable that Grafana would not know:", expr)
+    return expr
+
+
+def dashboards():
+    for file in sorted(pathlib.Path("dashboards").glob("*.json")):
+        yield file.name, json.loads(file.read_text())
+
+
+def panels():
+    for file, dashboard in dashboards():
+        rows = [p for p in dashboard["panels"] if p["type"] == "row"]
+        for panel in dashboard["panels"] + [inner for row in rows for inner in row["panels"]]:
+            if panel["type"] != "row":
+                yield f"{file}: {panel['title']}", panel
+
+
+def complaint_of(name, target):
+    """What is wrong with the answer to a panel's query, if anything."""
+    result = ask("query", query=substituted(target["expr"]))["result"]
+    if not result:
+        return f"{name}: no data: {target['expr']}"
+    for series in result:
+        if not math.isfinite(float(series["value"][1])):
+            return f"{name}: {series}"
+        for label in re.findall(r"\{\{\s*(\w+)\s*\}\}", target["legendFormat"]):
+            if not series["metric"].get(label):
+                return f"{name}: legend label {label} is not in {series['metric']}"
+    return None
+
+
+def complaints(queries):
+    return [c for c in (complaint_of(*q) for q in queries) if c]
+
+
+def every_panel():
+    queries = [(name, target) for name, panel in panels() for target in panel["targets"]]
+    took = await_that("numbers in every panel", 120, lambda: complaints(queries)[:3])
+    say(f"{len(queries)} queries of {len(list(panels()))} panels return numbers, their legends' labels exist ({took:.0f} s)")
+    for _, dashboard in dashboards():
+        for variable in dashboard["templating"]["list"]:
+            if variable["type"] != "query":
+                continue
+            metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
+            series = ask("series", **{"match[]": substituted(metric)})
+            if not {s.get(label) for s in series} - {None}:
+                fail(f"the variable {variable['name']} has no values")
+
+
+def figures():
+    """Every figure of the dashboards by its title, and the colour that its thresholds give it now."""
+    for name, panel in panels():
+        steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+        if panel["type"] == "stat" and len(steps) > 1:
+            result = ask("query", query=substituted(panel["targets"][0]["expr"]))["result"]
+            value = float(result[0]["value"][1]) if result else math.nan
+            reached = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
+            yield panel["title"], reached[-1]
+
+
+def red():
+    return {title for title, colour in figures() if colour == "red"}
+
+
+# The alerts
+
+
+def firing():
+    return {(a["labels"]["alertname"], a["labels"].get("instance")) for a in ask("alerts")["alerts"] if a["state"] == "firing"}
+
+
+def trouble():
+    await_that("quiet before the trouble", 60, lambda: firing() | red())
+    services = [s for services, _, _ in TROUBLE.values() for s in services]
+    compose("up", "-d", *services, profiles=TROUBLE)
+    began = time.monotonic()
+    expected = [(alert, seconds) for _, alerts, _ in TROUBLE.values() for *alert, seconds in alerts]
+    for (alert, instance), seconds in sorted(expected, key=lambda e: e[1]):
+        left = max(1.0, began + seconds - time.monotonic())
+        await_that(f"{alert} at {instance}", left, lambda: None if (alert, instance) in firing() else f"firing: {firing()}")
+        say(f"{alert} fires at {instance}, {time.monotonic() - began:.0f} s after the trouble began")
+    for profile, (_, _, titles) in TROUBLE.items():
+        await_that(f"{profile} to turn the dashboard red", 30, lambda: set(titles) - red())
+    say("the dashboards are red:", ", ".join(sorted(red())))
+    compose("rm", "-s", "-f", *services, profiles=TROUBLE)
+    took = await_that("all alerts to resolve", RESOLVED_WITHIN, lambda: firing() | red())
+    say(f"all resolved, and no figure red, {took:.0f} s after the trouble ended")
+
+
+# The end
+
+
+def stop():
+    before = time.time()
+    compose("stop", "client", "server")
+    for service, verdict in {"server": "drained: nothing was cut short", "client": None}.items():
+        code = inspect(service)["State"]["ExitCode"]
+        if code:
+            fail(service, "ended with", code, compose("logs", "--tail=20", service))
+        if verdict and verdict not in compose("logs", "--tail=20", service):
+            fail(service, "told no verdict")
+    say(f"stopped in {time.time() - before:.0f} s: drained, exit code 0")
+    compose("up", "-d", *CORE)
+    await_that("health after the restart", 60, lambda: healthy(CORE))
+
+    def unmarked():
+        return [
+            f"{file}: annotation {a['name']} marks nothing"
+            for file, dashboard in dashboards()
+            for a in dashboard["annotations"]["list"]
+            if "expr" in a and not ask("query_range", query=substituted(a["expr"]), start=before, end=time.time(), step=5)["result"]
+        ]
+
+    await_that("annotations of drain and restart", 60, unmarked)
+    say("drain and restart are marked on every dashboard")
+
+
+@contextlib.contextmanager
+def cleaned_up():
+    try:
+        yield
+    except BaseException:
+        print(compose("ps", "-a", profiles=TROUBLE, check=False), compose("logs", "--tail=5", profiles=TROUBLE, check=False), file=sys.stderr)
+        raise
+    finally:
+        compose("down", "-v", "-t", "5", "--remove-orphans", profiles=TROUBLE, check=False)
+        run("docker", "image", "rm", IMAGE, check=False)
+    for kind in (["ps", "-a"], ["network", "ls"], ["volume", "ls"]):
+        if left := run("docker", *kind, "-q", "--filter", f"label=com.docker.compose.project={PROJECT}"):
+            fail("left behind:", kind, left)
+    if left := run("docker", "image", "ls", "-q", IMAGE):
+        fail("left behind: image", left)
+    say("nothing is left behind")
+
+
+def main():
+    with cleaned_up():
+        compose("config", "-q", profiles=TROUBLE)
+        image()
+        start()
+        for service in ("server", "client"):
+            hardened(service)
+        say("server and client: no root, no capability, no new privileges, seccomp, read-only, limited, on loopback only")
+        every_panel()
+        trouble()
+        stop()
+    say("passed")
+
+
+main()
