@@ -1,5 +1,7 @@
 //! The life of the process, as a table of contents: bind, observe, start the roles, wait, drain, stop.
 
+mod lab;
+
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,8 +14,9 @@ use crate::afterlife::Afterlife;
 use crate::census::Census;
 use crate::client::{self, Summary};
 use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, reachable};
+use crate::explain;
 use crate::journal::Journal;
-use crate::kernel::{Table, limits};
+use crate::kernel::{Observer, Table, limits};
 use crate::log::LogGuard;
 use crate::metrics::Metrics;
 use crate::progress::Progress;
@@ -26,57 +29,72 @@ use crate::web::{self, Readiness};
 /// Descriptors that the echo service leaves to the rest of the process: the web side's connections, netlink, logs.
 const RESERVED: u64 = 96;
 
+/// What must be done before the process has a second thread.
+#[derive(Default)]
+pub struct Prepared {
+    lab: Option<lab::Prepared>,
+}
+
+/// Prepares the process for what was asked for, while it has one thread only.
+///
+/// # Errors
+/// A `clap::Error` for a mistake in what was typed; whatever else keeps it from starting.
+pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
+    Ok(match &config.mode {
+        Mode::Lab(lab) if !lab.scenarios.is_empty() => Prepared { lab: Some(lab::prepare(lab, config.common.web)?) },
+        _ => Prepared::default(),
+    })
+}
+
+/// How long a drain that was cut short waits to be scraped.
+const LAST_SCRAPE: Duration = Duration::from_secs(15);
+
 /// Runs what was asked for on a runtime of its own; returns whether all went well.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails.
-pub fn start(config: Config, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
+pub fn start(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers())
         .enable_all()
         .build()
         .context("make the runtime")?;
-    let result = runtime.block_on(run(config, log, log_lost));
+    let result = runtime.block_on(run(config, prepared, log, log_lost));
     // Not dropped: that would wait for blocking calls, and a name that does not resolve can take its time.
     runtime.shutdown_background();
     result
 }
 
-async fn run(config: Config, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
+async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
     match config.mode {
+        Mode::Lab(config_of_lab) => match prepared.lab {
+            Some(prepared) => lab::run(&config_of_lab, prepared, config.common, log, log_lost).await,
+            None => lab::list().map(|()| true),
+        },
+        Mode::Explain { state, format, colour } => {
+            explain::print(state, format, colour).context("print the explanation").map(|()| true)
+        }
         Mode::Health { url } => web::probe::ready(&url).await.map(|()| true),
         Mode::Run(roles) => run_roles(*roles, config.common, log, log_lost).await,
     }
 }
 
 async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
-    let Common { web, observer, follow_limit } = common;
     let Roles { server, client, drain } = roles;
     let descriptors = limits::raise_descriptor_limit();
     let stop = Stop::new();
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
 
     // Bind: every mistake in an address shows before anything runs.
-    let web = web.map(web::bind).transpose()?;
+    let web = common.web.map(web::bind).transpose()?;
     let server = server.map(server::bind).transpose()?;
     let client = client.map(|client| with_targets(client, server.as_ref()));
 
     // Observe.
     let server_ports: Vec<u16> = server.iter().map(|bound| bound.address().port()).collect();
     let targets = client.as_ref().map_or(Vec::new(), |(_, targets)| targets.clone());
-    let scope = Arc::new(Scope::new(&server_ports, targets));
-    let (table, refused) = Table::open(observer).context("read the kernel's socket table")?;
-    let observer = table.observer();
-    if let Some(error) = refused {
-        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their \
-         addresses only");
-    }
-    let (second, _) = Table::open(Some(observer)).context("read the kernel's socket table")?;
-    let metrics = Arc::new(Metrics::new(&scope, observer, &log_lost));
-    let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
-    let afterlife =
-        Afterlife::start(Arc::clone(&journal), &scope, second, follow_limit).context("start the follower")?;
-    let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
+    let Observers { metrics, journal, afterlife, census, .. } =
+        observe(Scope::new(&server_ports, targets), common, &log_lost)?;
 
     // Start. The server is told to drain when the pair's client has ended, so that it sees its connections close.
     let readiness = Readiness::new(metrics.ready.clone());
@@ -161,12 +179,42 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
         .context("print the summary")?;
     }
 
-    // The web side stops last, so that the drain itself is scraped.
+    // The web side stops last, so that the drain itself is scraped; what went wrong in it a moment ago, too.
+    if metrics.drain_aborted.get() > 0 && web.is_some() {
+        last_scrape(&metrics, &stop).await;
+    }
     web_stop.begin();
     if let Some(web) = web {
         web.await.context("web side").flatten()?;
     }
     Ok(well)
+}
+
+/// The eyes, whatever they look at.
+struct Observers {
+    observer: Observer,
+    metrics: Arc<Metrics>,
+    journal: Arc<Journal>,
+    afterlife: Afterlife,
+    census: Arc<Census>,
+}
+
+/// Opens the kernel's table and whatever keeps what is seen in it.
+fn observe(scope: Scope, common: Common, log_lost: &IntCounter) -> anyhow::Result<Observers> {
+    let scope = Arc::new(scope);
+    let (table, refused) = Table::open(common.observer).context("read the kernel's socket table")?;
+    let observer = table.observer();
+    if let Some(error) = refused {
+        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their \
+         addresses only");
+    }
+    let (second, _) = Table::open(Some(observer)).context("read the kernel's socket table")?;
+    let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
+    let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
+    let afterlife =
+        Afterlife::start(Arc::clone(&journal), &scope, second, common.follow_limit).context("start the follower")?;
+    let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
+    Ok(Observers { observer, metrics, journal, afterlife, census })
 }
 
 /// Ends everything when a part ends before it was told to: what is left of the process would look healthy and serve
@@ -247,6 +295,15 @@ async fn show_duration(metrics: Arc<Metrics>, began: Instant) {
     loop {
         metrics.drain_duration.set(began.elapsed().as_secs_f64());
         tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+}
+
+/// Waits until the metrics were scraped once more, where somebody scrapes them, for as long as most do from one time to the next.
+async fn last_scrape(metrics: &Metrics, stop: &Stop) {
+    let Some(before) = metrics.scrapes() else { return };
+    let deadline = Instant::now() + LAST_SCRAPE;
+    while Instant::now() < deadline && !stop.is_cut() && metrics.scrapes() == Some(before) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -15,8 +15,9 @@ use tracing::Level;
 use crate::kernel::Observer;
 use crate::log::{Format, LogConfig};
 use crate::shutdown::DrainConfig;
-use args::{Cli, ClientArgs, Command, Lifecycles, LoadArgs, LogFormat, PairArgs, ServeArgs};
-pub use args::{CloseMode, Output, RuntimeShape};
+use crate::tcp::State;
+use args::{Cli, ClientArgs, Command, LabArgs, Lifecycles, LoadArgs, LogFormat, PairArgs, ServeArgs};
+pub use args::{CloseMode, Output, PageFormat, RuntimeShape};
 pub use values::TargetName;
 
 /// Everything that one run needs to know.
@@ -46,11 +47,33 @@ pub struct Common {
 pub enum Mode {
     /// A server, a client, or both.
     Run(Box<Roles>),
+    /// Play scenarios in the lab, or list them.
+    Lab(LabConfig),
+    /// Explain a state, or all of them.
+    Explain {
+        /// Which; `None`: all.
+        state: Option<State>,
+        /// How to print it.
+        format: PageFormat,
+        /// Whether stdout is for colours.
+        colour: bool,
+    },
     /// Ask a running one whether it is ready.
     Health {
         /// Where to ask.
         url: String,
     },
+}
+
+/// The lab.
+#[derive(Clone, Debug)]
+pub struct LabConfig {
+    /// The scenarios' names, as they were typed; none: list them.
+    pub scenarios: Vec<String>,
+    /// How long to hold each picture.
+    pub hold: Duration,
+    /// How to print the verdicts.
+    pub output: Output,
 }
 
 /// The roles of this process.
@@ -132,7 +155,7 @@ impl Config {
     pub fn workers(&self) -> usize {
         let server = match &self.mode {
             Mode::Run(roles) => roles.server.as_ref(),
-            Mode::Health { .. } => None,
+            Mode::Lab(_) | Mode::Explain { .. } | Mode::Health { .. } => None,
         };
         server.filter(|server| server.shape == RuntimeShape::Shared).map_or(2, |server| server.workers)
     }
@@ -163,10 +186,7 @@ impl Config {
         let format = match global.log_format {
             LogFormat::Json => Format::Json,
             LogFormat::Auto if !stderr_is_terminal => Format::Json,
-            LogFormat::Auto | LogFormat::Terminal => Format::Terminal {
-                // https://no-color.org: any non-empty value.
-                colour: stderr_is_terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
-            },
+            LogFormat::Auto | LogFormat::Terminal => Format::Terminal { colour: coloured(stderr_is_terminal) },
         };
         let web = global.web_listen_address.0;
         Ok(Config {
@@ -175,6 +195,12 @@ impl Config {
             common: Common { web, observer: global.observer.into(), follow_limit: global.follow_limit },
         })
     }
+}
+
+/// Whether to use colours on an output that is a terminal, or is not (<https://no-color.org>: any
+/// value that is not empty).
+fn coloured(is_terminal: bool) -> bool {
+    is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn read(argv: impl Iterator<Item = std::ffi::OsString>) -> Result<Cli, clap::Error> {
@@ -209,6 +235,14 @@ impl Command {
                 let client = client(&load, targets)?;
                 Mode::Run(Box::new(Roles { server: None, client: Some(client), drain: drain.into() }))
             }
+            Command::Lab(LabArgs { scenarios, hold, output }) => {
+                Mode::Lab(LabConfig { scenarios, hold: hold.into(), output })
+            }
+            Command::Explain { state, output } => Mode::Explain {
+                state: state.map(|name| name.0),
+                format: output,
+                colour: coloured(std::io::stdout().is_terminal()),
+            },
             Command::Health { url: Some(url) } => {
                 if !url.starts_with("http://") {
                     return Err(mistake(&format!("invalid value '{url}' for '[URL]': only http:// is spoken here")));
@@ -326,7 +360,9 @@ fn client(args: &LoadArgs, targets: Vec<TargetName>) -> Result<ClientConfig, cla
     })
 }
 
-fn mistake(message: &str) -> clap::Error {
+/// A mistake in what was typed; its `exit()` prints it and ends with 2.
+#[must_use]
+pub fn mistake(message: &str) -> clap::Error {
     Cli::command().error(ErrorKind::ArgumentConflict, message)
 }
 
@@ -341,7 +377,7 @@ mod tests {
     fn roles(line: &str) -> Roles {
         match parse(line).unwrap().mode {
             Mode::Run(roles) => *roles,
-            Mode::Health { .. } => panic!("a role was expected"),
+            mode => panic!("a role was expected: {mode:?}"),
         }
     }
 
@@ -416,6 +452,8 @@ mod tests {
             ("client a:1 --connections 99999999", "--connections"),
             ("--web.listen-address none health", "--web.listen-address"),
             ("health ftp://x", "ftp://x"),
+            ("explain ZUSTAND", "ZUSTAND"),
+            ("explain listen --output csv", "csv"),
         ] {
             let error = parse(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
@@ -427,7 +465,7 @@ mod tests {
     fn health_asks_where_the_web_side_listens() {
         let url = |line| match parse(line).unwrap().mode {
             Mode::Health { url } => url,
-            Mode::Run(_) => panic!("health was expected"),
+            mode => panic!("health was expected: {mode:?}"),
         };
         assert_eq!(url("health"), "http://127.0.0.1:9907/-/ready");
         assert_eq!(url("--web.listen-address [::]:80 health"), "http://127.0.0.1:80/-/ready");

@@ -10,7 +10,7 @@ mod open;
 
 use std::io::{Error, ErrorKind};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -97,6 +97,18 @@ impl Conn {
         }
     }
 
+    /// Looks where it is now, whether or not anything said that it moved.
+    pub fn observe(&mut self) -> State {
+        self.look(Known::default());
+        self.life.state()
+    }
+
+    /// The socket, to be tuned or filtered while it is open.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.stream().as_fd()
+    }
+
     /// Whether our FIN is out.
     #[must_use]
     pub fn sent_end(&self) -> bool {
@@ -107,6 +119,12 @@ impl Conn {
     #[must_use]
     pub fn received(&self) -> u64 {
         self.received
+    }
+
+    /// Which end it is.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.life.role()
     }
 
     /// The addresses.

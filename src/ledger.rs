@@ -32,6 +32,7 @@ pub struct Life {
     /// The service's port.
     pub port: u16,
     addresses: Addresses,
+    began: State,
     /// Where it is now.
     pub state: State,
     /// Since when, on the monotonic clock.
@@ -68,6 +69,7 @@ impl Life {
             role: id.role,
             port: id.port,
             addresses: Addresses::of(id.flow.canonical()),
+            began: state,
             state,
             since: at,
             opened: at,
@@ -91,6 +93,12 @@ impl Life {
     #[must_use]
     pub fn flow(&self) -> Flow {
         self.addresses.flow()
+    }
+
+    /// The state in which it was entered here.
+    #[must_use]
+    pub fn began(&self) -> State {
+        self.began
     }
 
     /// The steps taken, in order.

@@ -7,10 +7,11 @@
 //! ```text
 //! 4  main.rs        parse, start the logs, run, exit code
 //! 3  app.rs         the life of the process: bind, observe, start the roles, wait, drain, stop
-//! 2  server.rs      accept, echo, half-close, drain            the three never import each other
+//! 2  server.rs      accept, echo, half-close, drain            the four never import each other
 //!    client.rs      connect, send, verify, close; pacing; summary
+//!    lab.rs         scenarios: a real kernel shows a state or a failure on demand
 //!    web.rs         metrics, health, census and lives as JSON
-//! 1  conn.rs        Conn: a TCP stream that narrates its own life; both roles use it
+//! 1  conn.rs        Conn: a TCP stream that narrates its own life; all roles use it
 //!    afterlife.rs   follows a connection after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, really gone
 //!    census.rs      sockets counted by (role, port, state), one reading for any number of scrapers
 //!    journal.rs     THE choke point: a transition in, its log line, counters and ledger entry out
@@ -18,6 +19,7 @@
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
 //!    metrics.rs     every metric, made once against its own registry
 //!    listener.rs    listening sockets, and accepting from them whatever happens
+//!    explain.rs     what each state means: one table, told as text, Markdown or JSON
 //!    config.rs      what was typed → plain role configurations
 //!    progress.rs    the bar of a bounded run that somebody watches
 //!    shutdown.rs    signals, the stop token
@@ -46,8 +48,10 @@ pub mod census;
 pub mod client;
 pub mod config;
 pub mod conn;
+pub mod explain;
 pub mod journal;
 pub mod kernel;
+pub mod lab;
 pub mod ledger;
 pub mod listener;
 pub mod log;

@@ -1,5 +1,7 @@
 //! A listening socket, and accepting from it whatever happens.
 
+mod life;
+
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::os::fd::AsFd;
@@ -12,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::kernel::{clock, filter};
 use crate::log::OnceAMinute;
 use crate::metrics::Metrics;
+pub use life::ListenerLife;
 
 /// How a listening socket is made.
 #[derive(Clone, Copy, Debug)]

@@ -30,6 +30,9 @@ use queue::Queue;
 /// The target of every state line, so that it can be filtered.
 pub const STATES: &str = "echoscope::tcp";
 
+/// The target of the lab's lines: each is a sentence that tells what happens next.
+pub const STEPS: &str = "echoscope::lab";
+
 /// How to log.
 #[derive(Clone, Copy, Debug)]
 pub struct LogConfig {
@@ -48,6 +51,11 @@ impl LogGuard {
     /// Draws a progress bar below the lines: they are written above it.
     pub fn below(&self, bar: ProgressBar) {
         self.queue.set_bar(Some(bar));
+    }
+
+    /// Waits, for a while, until what was logged so far is written: whoever prints elsewhere next comes after it.
+    pub fn flush(&self) {
+        self.queue.flush();
     }
 
     /// No bar any more.

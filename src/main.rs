@@ -9,6 +9,17 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => error.exit(),
     };
+    // Before there is a second thread: a namespace of one's own is made by a process with one.
+    let prepared = match app::prepare(&config) {
+        Ok(prepared) => prepared,
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(mistake) => mistake.exit(),
+            Err(error) => {
+                eprintln!("echoscope: {error:#}");
+                return ExitCode::FAILURE;
+            }
+        },
+    };
     let lost = metrics::log_lost_counter();
     let log = match log::init(config.log, std::io::stderr(), lost.clone()) {
         Ok(log) => log,
@@ -17,7 +28,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match app::start(config, &log, lost) {
+    match app::start(config, prepared, &log, lost) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {

@@ -7,6 +7,7 @@ mod table;
 mod transitions;
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use prometheus::{Encoder, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
@@ -68,6 +69,13 @@ pub struct TargetMetrics {
     pub close: Histogram,
 }
 
+/// Who asks for the page.
+#[derive(Default)]
+struct Scrapes {
+    count: u64,
+    last: Option<Instant>,
+}
+
 /// What accept(2) may want for, as a label.
 pub const ACCEPT_ERRORS: [&str; 4] = ["descriptors", "memory", "connection", "other"];
 
@@ -96,7 +104,7 @@ pub struct Metrics {
     observer_errors: IntCounterVec,
     lost_events: IntCounterVec,
     /// One scrape at a time writes the gauges and reads them back.
-    scrape: Mutex<()>,
+    scrape: Mutex<Scrapes>,
 }
 
 impl Metrics {
@@ -231,7 +239,7 @@ impl Metrics {
             observer_duration,
             observer_errors,
             lost_events,
-            scrape: Mutex::new(()),
+            scrape: Mutex::default(),
             registry,
         }
     }
@@ -286,6 +294,15 @@ impl Metrics {
         State::ALL.into_iter().map(|to| (to, self.transitions.entered(role, to))).collect()
     }
 
+    /// How often the page was asked for, if somebody asks again and again: of late, and not once only.
+    #[must_use]
+    pub fn scrapes(&self) -> Option<u64> {
+        const OF_LATE: Duration = Duration::from_mins(1);
+        let scrapes = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = scrapes.last?;
+        (scrapes.count > 1 && last.elapsed() < OF_LATE).then_some(scrapes.count)
+    }
+
     /// The page for `/metrics`: what `fill` puts into the table's gauges, and everything else. What it does not fill is
     /// left out: an old number would be a lie.
     ///
@@ -293,10 +310,12 @@ impl Metrics {
     /// When the text cannot be encoded.
     pub fn render(&self, fill: impl FnOnce(&TableGauges)) -> prometheus::Result<Vec<u8>> {
         let families = {
-            let _one_at_a_time = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut scrapes = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
             self.table.clear();
             fill(&self.table);
-            self.registry.gather()
+            let families = self.registry.gather();
+            *scrapes = Scrapes { count: scrapes.count + 1, last: Some(Instant::now()) };
+            families
         };
         let mut page = Vec::with_capacity(64 * 1024);
         TextEncoder::new().encode(&families, &mut page)?;

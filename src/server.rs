@@ -4,7 +4,6 @@
 
 mod drain;
 mod echo;
-mod lives;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
@@ -23,11 +22,10 @@ use crate::census::Census;
 use crate::config::{RuntimeShape, ServerConfig};
 use crate::conn::Conn;
 use crate::kernel::clock;
-use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
+use crate::listener::{AcceptFaults, ListenConfig, ListenerLife, accept, listen};
 use crate::shutdown::{Stop, Verdict};
 use crate::tcp::Role;
 use echo::Served;
-use lives::ListenerLife;
 
 /// A server whose address is known and taken; connections already queue.
 pub struct Bound {

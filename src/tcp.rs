@@ -93,6 +93,28 @@ impl State {
         }
     }
 
+    /// The state that people mean by `name`: any usual spelling of it (TIME_WAIT, time-wait, timewait; ss's, netstat's,
+    /// the RFC's, the kernel's).
+    #[must_use]
+    pub fn named(name: &str) -> Option<State> {
+        let letters = name.chars().filter(|c| !matches!(c, '_' | '-' | ' ')).map(|c| c.to_ascii_lowercase());
+        let letters: String = letters.collect();
+        Some(match letters.strip_prefix("tcp").unwrap_or(&letters) {
+            "established" | "estab" => State::Established,
+            "synsent" => State::SynSent,
+            "synrecv" | "synreceived" | "synrcvd" | "newsynrecv" => State::SynRecv,
+            "finwait1" => State::FinWait1,
+            "finwait2" => State::FinWait2,
+            "timewait" => State::TimeWait,
+            "closed" | "close" | "unconn" => State::Close,
+            "closewait" => State::CloseWait,
+            "lastack" => State::LastAck,
+            "listen" | "listening" => State::Listen,
+            "closing" => State::Closing,
+            _ => return None,
+        })
+    }
+
     /// The metric label, spelled as node_exporter spells it.
     #[must_use]
     pub const fn label(self) -> &'static str {
@@ -289,6 +311,31 @@ mod tests {
             labels.join(" "),
             "close close_wait closing established fin_wait1 fin_wait2 last_ack listen syn_recv syn_sent time_wait"
         );
+    }
+
+    #[test]
+    fn every_spelling_names_its_state() {
+        for state in State::ALL {
+            let (name, label) = (state.name(), state.label());
+            for spelling in [name, label, &name.replace('_', "-"), &label.replace('_', ""), &format!("TCP_{name}")] {
+                assert_eq!(State::named(spelling), Some(state), "{spelling}");
+            }
+        }
+        for (spelling, state) in [
+            ("FIN-WAIT-1", State::FinWait1),
+            ("fin-wait-2", State::FinWait2),
+            ("SYN-RECEIVED", State::SynRecv),
+            ("SYN_RCVD", State::SynRecv),
+            ("ESTAB", State::Established),
+            ("UNCONN", State::Close),
+            ("listening", State::Listen),
+            ("TCP_NEW_SYN_RECV", State::SynRecv),
+        ] {
+            assert_eq!(State::named(spelling), Some(state), "{spelling}");
+        }
+        for wrong in ["", "-", "tcp", "FIN_WAIT", "FIN_WAIT3", "OPEN", "6", "time.wait", "zustand", "тime_wait"] {
+            assert_eq!(State::named(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::values::{Rate, Sizes, Span, TargetName, WebAddress};
+use super::values::{Rate, Sizes, Span, StateName, TargetName, WebAddress};
 use crate::kernel::Observer;
 use crate::shutdown::DrainConfig;
 
@@ -68,11 +68,34 @@ pub(super) enum Command {
     Server(ServerArgs),
     /// One or many targets, connected to again and again, every echo verified.
     Client(ClientArgs),
+    /// Make a real kernel show a state or a failure, and explain it; without a name: what there is to see.
+    Lab(LabArgs),
+    /// What a state means: who waits for whom, how long it may last here, what piles it up, what to do.
+    Explain {
+        /// TIME_WAIT, time-wait, timewait, …; without one: the state diagram.
+        state: Option<StateName>,
+        /// How to print it; markdown leaves out what this machine's settings are.
+        #[arg(long, env = "ECHOSCOPE_OUTPUT", default_value = "text", value_name = "FORMAT")]
+        output: PageFormat,
+    },
     /// Exit 0 when a running echoscope is ready, 1 when it is not: for a container's healthcheck.
     Health {
         /// What to ask; without it, /-/ready at --web.listen-address.
         url: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LabArgs {
+    /// Which scenarios to play, one after the other; all: every one.
+    #[arg(value_name = "SCENARIO")]
+    pub(super) scenarios: Vec<String>,
+    /// Hold each picture for so long, to look at it from elsewhere.
+    #[arg(long, env = "ECHOSCOPE_HOLD", default_value = "0s", value_name = "DURATION")]
+    pub(super) hold: Span,
+    /// How to print the verdict to stdout.
+    #[arg(long, env = "ECHOSCOPE_OUTPUT", default_value = "text", value_name = "FORMAT")]
+    pub(super) output: Output,
 }
 
 #[derive(Debug, Args)]
@@ -289,6 +312,17 @@ pub enum CloseMode {
 pub enum Output {
     /// For a person.
     Text,
+    /// For a script.
+    Json,
+}
+
+/// How an explanation is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PageFormat {
+    /// For a person at a terminal.
+    Text,
+    /// For a document.
+    Markdown,
     /// For a script.
     Json,
 }

@@ -6,6 +6,8 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::tcp::State;
+
 /// A duration that can be added to any moment; more is a slip of the finger.
 const LONGEST: Duration = Duration::from_hours(3653 * 24);
 
@@ -70,6 +72,19 @@ impl FromStr for TargetName {
             return Err("port 0 cannot be connected to".to_owned());
         }
         Ok(TargetName { host: host.to_owned(), port })
+    }
+}
+
+/// A state in any usual spelling.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StateName(pub(super) State);
+
+impl FromStr for StateName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<StateName, String> {
+        let known = || State::ALL.map(State::name).join(", ");
+        State::named(text).map(StateName).ok_or_else(|| format!("no such state; there are {}", known()))
     }
 }
 

@@ -50,15 +50,37 @@ impl Conn {
         conn
     }
 
-    /// Opens a connection; `due` is when, at the latest, that began to count.
+    /// Opens a connection.
     ///
     /// # Errors
     /// What connect(2) says. A failed attempt is narrated too, and counted with its reason.
     pub async fn connect(address: SocketAddr, timeout: Duration, afterlife: Afterlife) -> Result<Conn> {
+        let conn = Conn::connect_prepared(address, timeout, afterlife, |_| Ok(())).await?;
+        // A port of our own choosing that happens to be the target's: two SYNs crossed and we are connected to
+        // ourselves (RFC 9293 section 3.5, simultaneous open). Nobody listens there, and an echo would prove nothing.
+        if conn.flow().local == conn.flow().peer {
+            let mut conn = conn;
+            conn.abort(Reason::Refused);
+            return Err(ErrorKind::ConnectionRefused.into());
+        }
+        Ok(conn)
+    }
+
+    /// Opens a connection by a socket that `prepare` has bound, filtered or tuned; to itself too, if it is bound so.
+    ///
+    /// # Errors
+    /// What `prepare` or connect(2) says. A failed attempt is narrated too, and counted with its reason.
+    pub async fn connect_prepared(
+        address: SocketAddr,
+        timeout: Duration,
+        afterlife: Afterlife,
+        prepare: impl FnOnce(&Socket) -> Result<()>,
+    ) -> Result<Conn> {
         // Not TcpSocket::connect: between SYN and answer the descriptor must stay ours to look at.
         let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
         let cookie = sockopt::cookie(socket.as_fd())?;
         socket.set_tcp_nodelay(true)?;
+        prepare(&socket)?;
         let began = clock::monotonic();
         let connecting = socket.connect(&address.into());
         let at = clock::monotonic();
@@ -89,13 +111,6 @@ impl Conn {
         }
         let ended = || Error::from(ErrorKind::NotConnected);
         match conn.error.take().or_else(|| conn.life.is_over().then(ended)) {
-            // A port of our own choosing that happens to be the target's: two SYNs crossed and we are connected to
-            // ourselves (RFC 9293 section 3.5, simultaneous open). Nobody listens there, and an echo would prove
-            // nothing.
-            None if conn.flow().local == conn.flow().peer => {
-                conn.abort(Reason::Refused);
-                Err(ErrorKind::ConnectionRefused.into())
-            }
             None => Ok(conn),
             Some(e) => {
                 conn.reason = Some(Reason::of(&e));

@@ -1,7 +1,8 @@
 //! Local ports that connect(2) may choose from (ip(7), `ip_local_port_range`).
 
-use std::fs;
 use std::io;
+
+use super::sysctl;
 
 /// How many ports connect(2) can choose from for one pair of addresses and one remote port: the size of
 /// `ip_local_port_range` less those in `ip_local_reserved_ports`, in this network namespace.
@@ -9,8 +10,8 @@ use std::io;
 /// # Errors
 /// When the files cannot be read or understood.
 pub fn local_port_limit() -> io::Result<u32> {
-    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
-    let reserved = fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    let range = sysctl::read("net/ipv4/ip_local_port_range")?;
+    let reserved = sysctl::read("net/ipv4/ip_local_reserved_ports").unwrap_or_default();
     available(&range, &reserved)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("ip_local_port_range reads {range:?}")))
 }

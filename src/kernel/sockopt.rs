@@ -1,7 +1,7 @@
 //! Socket options that name, probe or end one connection.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -37,4 +37,34 @@ pub fn unread(socket: BorrowedFd<'_>) -> io::Result<u64> {
 /// What setsockopt(2) says.
 pub fn reset_on_close(socket: BorrowedFd<'_>) -> io::Result<()> {
     SockRef::from(&socket).set_linger(Some(Duration::ZERO))
+}
+
+/// TCP_LINGER2: how long the kernel keeps FIN_WAIT2 for this socket once its descriptor is closed, in place of
+/// `net.ipv4.tcp_fin_timeout` (tcp(7)); whole seconds.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn keep_orphan_for(socket: BorrowedFd<'_>, seconds: u16) -> io::Result<()> {
+    set(socket, libc::IPPROTO_TCP, libc::TCP_LINGER2, seconds.into())
+}
+
+/// IP_LOCAL_PORT_RANGE: which local ports connect(2) may choose from for this socket, within
+/// `net.ipv4.ip_local_port_range` (ip(7), Linux 6.3).
+///
+/// # Errors
+/// What setsockopt(2) says: ENOPROTOOPT from older kernels.
+pub fn choose_local_ports(socket: BorrowedFd<'_>, first: u16, last: u16) -> io::Result<()> {
+    const IP_LOCAL_PORT_RANGE: libc::c_int = 51; // include/uapi/linux/in.h
+    let range = u32::from(last) << 16 | u32::from(first);
+    set(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, range.cast_signed())
+}
+
+#[expect(unsafe_code, reason = "options that socket2 does not know")]
+fn set(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads `size` bytes at `value`, which lives as long as the call.
+    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

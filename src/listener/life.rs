@@ -8,19 +8,16 @@ use crate::journal::Journal;
 use crate::kernel::{TcpInfo, clock, sockopt};
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
 
-pub(super) struct ListenerLife {
+/// A listening socket's life, told to the journal.
+pub struct ListenerLife {
     id: Identity,
     life: Lifecycle,
 }
 
 impl ListenerLife {
     /// Tells of a listener on `address` that was made at `at`; nothing, if the kernel says nothing of it.
-    pub(super) fn open(
-        listener: &StdListener,
-        address: SocketAddr,
-        at: Duration,
-        journal: &Journal,
-    ) -> Option<ListenerLife> {
+    #[must_use]
+    pub fn open(listener: &StdListener, address: SocketAddr, at: Duration, journal: &Journal) -> Option<ListenerLife> {
         let nobody = match address {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -36,7 +33,7 @@ impl ListenerLife {
     }
 
     /// Right after the descriptor is closed: a listener has no afterlife, and our own close(2) is what ended it.
-    pub(super) fn close(mut self, journal: &Journal) {
+    pub fn close(mut self, journal: &Journal) {
         let now = clock::monotonic();
         let call = Some((Cause::Close, now));
         let known =

@@ -37,6 +37,9 @@ fn write_line(format: Format, event: &Event<'_>, line: &mut String, push: impl F
         Format::Terminal { colour } if event.metadata().target() == super::STATES => {
             super::terminal::state(event, colour, line);
         }
+        Format::Terminal { colour } if event.metadata().target() == super::STEPS => {
+            super::terminal::step(event, colour, line);
+        }
         Format::Terminal { colour } => super::terminal::plain(event, colour, line),
     }
     line.push('\n');

@@ -68,6 +68,19 @@ impl Queue {
         self.lock().bar = bar;
     }
 
+    /// Waits, for a while, until all is written.
+    pub(super) fn flush(&self) {
+        let mut state = self.lock();
+        let deadline = Instant::now() + PATIENCE;
+        while !(state.stopped || state.lines.is_empty() && state.asleep) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            state = self.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Writes what is left, for a while.
     pub(super) fn finish(&self) {
         let mut state = self.lock();
@@ -92,6 +105,7 @@ impl Queue {
                 let mut state = self.lock();
                 while state.lines.is_empty() && !state.stopping {
                     state.asleep = true;
+                    self.done.notify_all();
                     state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 state.asleep = false;

@@ -113,6 +113,26 @@ impl Paint {
     }
 }
 
+/// `12:00:01.123 ── what happens next`
+pub(super) fn step(event: &Event<'_>, colour: bool, line: &mut String) {
+    struct Message(String);
+    impl Visit for Message {
+        fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+            if field.name() == "message" {
+                put!(self.0, "{value:?}");
+            }
+        }
+    }
+    let mut message = Message(String::new());
+    event.record(&mut message);
+    let paint = Paint(colour);
+    let mut time = String::new();
+    put_timestamp(clock::unix(), &mut time);
+    put!(line, "{}{}{} {}── ", paint.of("2"), clock_of(&time), paint.end(), paint.of("33"));
+    line.extend(message.0.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }));
+    line.push_str(paint.end());
+}
+
 /// `12:00:01.123 WARN  message  key=value`
 pub(super) fn plain(event: &Event<'_>, colour: bool, line: &mut String) {
     #[derive(Default)]

@@ -228,6 +228,10 @@ fn dashboards_and_rules_name_only_what_is_there() {
         let name = rule.alert.or(rule.record).unwrap();
         faults.extend(names.faults(&rule.expr).into_iter().map(|f| format!("{name}: {f}")));
     }
+    for facts in echoscope::explain::FACTS {
+        let faults_of = |query: &str| names.faults(query).into_iter().map(|f| format!("{}: {f}", facts.state));
+        faults.extend(facts.queries.iter().flat_map(|query| faults_of(query.text).collect::<Vec<_>>()));
+    }
     assert!(faults.is_empty(), "{faults:#?}");
 }
 
@@ -247,7 +251,7 @@ fn documents_name_only_what_is_there_and_readme_names_all_of_it() {
     let names = Names::exported();
     let families = names.families();
     let readme = file("README.md");
-    for path in ["README.md", "docs/runbook.md", "docs/evidence.md"] {
+    for path in ["README.md", "docs/runbook.md", "docs/evidence.md", "docs/states.md"] {
         let text = file(path);
         let unknown: Vec<_> =
             metrics_in(&text).into_iter().filter(|m| !families.contains(m) && !names.0.contains_key(*m)).collect();

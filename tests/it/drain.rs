@@ -376,7 +376,7 @@ fn a_second_signal_ends_it_at_once() {
         server.signal(second);
         assert_eq!(server.message("second signal: ending now")["signal"], format!("SIG{second}"));
         assert_eq!(peer.reset_with(), ErrorKind::BrokenPipe);
-        cut_short(server, 1);
+        cut_by_second_signal(server, 1);
     }
 }
 
@@ -389,7 +389,7 @@ fn a_second_signal_ends_the_drain_delay_too() {
     server.message(STOPPING);
     peer.echo(1000);
     server.signal("TERM");
-    cut_short(server, 1);
+    cut_by_second_signal(server, 1);
 }
 
 #[test]
@@ -629,7 +629,15 @@ fn descriptors_return_to_what_they_were() {
 }
 
 fn server(arguments: &[&str]) -> Echoscope {
-    Echoscope::start(&with_server(arguments))
+    scraped(Echoscope::start(&with_server(arguments)))
+}
+
+/// Somebody asks for its metrics again and again, so that a drain that is cut short waits to be asked once more.
+fn scraped(server: Echoscope) -> Echoscope {
+    for _ in 0..2 {
+        server.metrics();
+    }
+    server
 }
 
 /// What the server does by CAP_NET_ADMIN it must do without it too, as well as it can: also when the tests run as root.
@@ -642,7 +650,7 @@ fn server_without_capabilities(arguments: &[&str]) -> Echoscope {
     let mut confined = Command::new("setpriv");
     confined.env_clear().args(["--bounding-set=-all", "--inh-caps=-all"]).arg(plain.get_program());
     confined.args(plain.get_args()).args(["--web.listen-address", "127.0.0.1:0"]);
-    Echoscope::spawn(confined.args(with_server(arguments)))
+    scraped(Echoscope::spawn(confined.args(with_server(arguments))))
 }
 
 fn with_server<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
@@ -970,8 +978,23 @@ fn clean_end_left(server: Echoscope, open: u64, active: u64) -> Vec<Value> {
 
 /// Exit 1 and a verdict that so many were reset; returns it.
 fn cut_short(server: Echoscope, aborted: u64) -> Value {
+    server.message(CUT);
+    // What befell them can still be scraped, and then it ends.
+    assert_eq!(server.metrics().sum("echoscope_drain_aborted_total", &[]), aborted as f64);
+    let scraped = Instant::now();
     let (_, lines) = end(server, 1);
-    let verdict = one(&lines, CUT).clone();
+    assert!(scraped.elapsed() < Duration::from_secs(10), "it waited for a second scrape: {:?}", scraped.elapsed());
+    verdict_of(&lines, aborted)
+}
+
+/// The same, where nobody waits for a scrape because somebody insists.
+fn cut_by_second_signal(server: Echoscope, aborted: u64) -> Value {
+    let (_, lines) = end(server, 1);
+    verdict_of(&lines, aborted)
+}
+
+fn verdict_of(lines: &[Value], aborted: u64) -> Value {
+    let verdict = one(lines, CUT).clone();
     assert_eq!((&verdict["aborted"], &verdict["level"]), (&Value::from(aborted), &Value::from("WARN")), "{verdict}");
     verdict
 }

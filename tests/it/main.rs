@@ -4,6 +4,7 @@ mod bad_input;
 mod census;
 mod dashboards;
 mod drain;
+mod explain;
 mod fallback;
 mod floors;
 mod kernel_events;
