@@ -62,27 +62,31 @@ pub fn lose(socket: BorrowedFd<'_>, segment: Segment) -> io::Result<()> {
     let flags = SockFilter::new(LOAD_BYTE, 0, 0, FLAGS);
     let only = |mask| SockFilter::new(AND, 0, 0, mask);
     let is = |value| SockFilter::new(JUMP_IF_EQUAL, 0, 1, value);
-    let program: &[SockFilter] = match segment {
-        Segment::SynAck => &[flags, only(SYN | ACK), is(SYN | ACK), DROP, PASS],
-        Segment::Fin => &[flags, only(FIN), is(FIN), DROP, PASS],
-        Segment::Any => &[DROP],
-        Segment::BareAck => &[
-            flags,
-            only(FIN | SYN | RST | ACK),
-            SockFilter::new(JUMP_IF_EQUAL, 1, 0, ACK),
-            PASS,
-            // With payload it is not bare: the header is as long as the segment.
-            SockFilter::new(LOAD_BYTE, 0, 0, DATA_OFFSET),
-            SockFilter::new(AND, 0, 0, 0xf0),
-            SockFilter::new(SHIFT_RIGHT, 0, 0, 2),
-            SockFilter::new(COPY_TO_X, 0, 0, 0),
-            SockFilter::new(LOAD_LENGTH, 0, 0, 0),
-            SockFilter::new(JUMP_IF_EQUAL_X, 0, 1, 0),
-            DROP,
-            PASS,
-        ],
+    let program = match segment {
+        Segment::SynAck => vec![flags, only(SYN | ACK), is(SYN | ACK), DROP, PASS],
+        Segment::Fin => vec![flags, only(FIN), is(FIN), DROP, PASS],
+        Segment::Any => vec![DROP],
+        Segment::BareAck => {
+            let mut program = vec![flags, only(FIN | SYN | RST | ACK), SockFilter::new(JUMP_IF_EQUAL, 1, 0, ACK), PASS];
+            program.extend(without_payload(DROP, PASS));
+            program
+        }
     };
-    SockRef::from(&socket).attach_filter(program)
+    SockRef::from(&socket).attach_filter(&program)
+}
+
+/// Returns `bare` for segments without payload, whose header is as long as they are, and `loaded` for others.
+fn without_payload(bare: SockFilter, loaded: SockFilter) -> [SockFilter; 8] {
+    [
+        SockFilter::new(LOAD_BYTE, 0, 0, DATA_OFFSET),
+        SockFilter::new(AND, 0, 0, 0xf0),
+        SockFilter::new(SHIFT_RIGHT, 0, 0, 2),
+        SockFilter::new(COPY_TO_X, 0, 0, 0),
+        SockFilter::new(LOAD_LENGTH, 0, 0, 0),
+        SockFilter::new(JUMP_IF_EQUAL_X, 0, 1, 0),
+        bare,
+        loaded,
+    ]
 }
 
 /// Whether filters are permitted here.
@@ -114,16 +118,7 @@ pub fn refuse_new_handshakes(listener: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// What setsockopt(2) says: EPERM without CAP_NET_ADMIN on newer kernels.
 pub fn hold_payload(socket: BorrowedFd<'_>) -> io::Result<()> {
-    SockRef::from(&socket).attach_filter(&[
-        SockFilter::new(LOAD_BYTE, 0, 0, DATA_OFFSET),
-        SockFilter::new(AND, 0, 0, 0xf0),
-        SockFilter::new(SHIFT_RIGHT, 0, 0, 2),
-        SockFilter::new(COPY_TO_X, 0, 0, 0),
-        SockFilter::new(LOAD_LENGTH, 0, 0, 0),
-        SockFilter::new(JUMP_IF_EQUAL_X, 0, 1, 0),
-        PASS,
-        DROP,
-    ])
+    SockRef::from(&socket).attach_filter(&without_payload(PASS, DROP))
 }
 
 /// Takes the filter off again.

@@ -184,6 +184,14 @@ impl Stage {
         self.receive(conn, usize::MAX).await.map(drop)
     }
 
+    /// Both ends close, one after the other: four segments.
+    pub(super) async fn part(&self, first: &mut Conn, second: &mut Conn) -> anyhow::Result<()> {
+        first.shutdown();
+        self.hear_end(second).await?;
+        second.shutdown();
+        self.hear_end(first).await
+    }
+
     /// Closes the descriptor; the kernel keeps what is left.
     pub(super) fn close(&self, mut conn: Conn) {
         self.tell(&format!("{}: close(2)", conn.role()));

@@ -45,10 +45,7 @@ impl Scenario for PortExhaustion {
                 match stage.connect_by(stage::PATIENCE, few).await {
                     Ok(mut client) => {
                         let mut server = listener.accept().await?;
-                        client.shutdown();
-                        stage.hear_end(&mut server).await?;
-                        server.shutdown();
-                        stage.hear_end(&mut client).await?;
+                        stage.part(&mut client, &mut server).await?;
                         stage.close(client);
                     }
                     Err(error) => {

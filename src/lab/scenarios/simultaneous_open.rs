@@ -45,25 +45,29 @@ impl Scenario for SimultaneousOpen {
                 "one socket, bound to the port that it connects to; the network loses every SYN+ACK on its way to it",
             );
             let copy = OnceLock::new();
-            let opening = stage.connect_by(stage::PATIENCE + stage.hold, |socket| {
-                socket.bind(&stage.address.into())?;
-                filter::lose(socket.as_fd(), Segment::SynAck)?;
-                copy.set(socket.try_clone()?).map_err(|_| ErrorKind::AlreadyExists.into())
-            });
-            let watching = async {
-                stage.in_table(Role::Client, State::SynRecv).await?;
-                stage.tell("a SYN came in while ours was out: SYN_SENT becomes SYN_RECV, not ESTABLISHED");
-                stage.show().await
+            let opened = {
+                let opening = stage.connect_by(stage::PATIENCE + stage.hold, |socket| {
+                    socket.bind(&stage.address.into())?;
+                    filter::lose(socket.as_fd(), Segment::SynAck)?;
+                    copy.set(socket.try_clone()?).map_err(|_| ErrorKind::AlreadyExists.into())
+                });
+                let watching = async {
+                    stage.in_table(Role::Client, State::SynRecv).await?;
+                    stage.tell("a SYN came in while ours was out: SYN_SENT becomes SYN_RECV, not ESTABLISHED");
+                    stage.show().await
+                };
+                tokio::pin!(opening, watching);
+                tokio::select! {
+                    biased;
+                    opened = &mut opening => drop(opened?),
+                    watched = &mut watching => watched?,
+                }
+                stage.heal(copy.get().context("the socket was not prepared")?.as_fd())?;
+                stage.tell("the SYN+ACK is repeated");
+                opening.await?
             };
-            tokio::pin!(opening, watching);
-            tokio::select! {
-                biased;
-                opened = &mut opening => drop(opened?),
-                watched = &mut watching => watched?,
-            }
-            stage.heal(copy.get().context("the socket was not prepared")?.as_fd())?;
-            stage.tell("the SYN+ACK is repeated");
-            let opened = opening.await?;
+            // The last descriptor must go before close(2) does anything.
+            drop(copy);
             stage.confirm("connected without a listener", opened.flow().local == opened.flow().peer);
             stage.abort(opened);
             stage.tell("another one closes while it is in SYN_RECV: its FIN goes out all the same");

@@ -35,10 +35,7 @@ impl Scenario for TimeWaitAssassination {
     fn play<'a>(&'a self, stage: &'a Stage) -> Play<'a> {
         Box::pin(async move {
             let (listener, mut client, mut server) = stage.connected().await?;
-            client.shutdown();
-            stage.hear_end(&mut server).await?;
-            server.shutdown();
-            stage.hear_end(&mut client).await?;
+            stage.part(&mut client, &mut server).await?;
             let flow = client.flow();
             stage.close(client);
             stage.reach(&mut server, State::Close).await?;

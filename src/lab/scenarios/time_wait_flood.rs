@@ -34,10 +34,7 @@ impl Scenario for TimeWaitFlood {
             for _ in 0..MANY {
                 let mut client = stage.connect().await?;
                 let mut server = listener.accept().await?;
-                client.shutdown();
-                stage.hear_end(&mut server).await?;
-                server.shutdown();
-                stage.hear_end(&mut client).await?;
+                stage.part(&mut client, &mut server).await?;
                 for mut conn in [client, server] {
                     conn.because(Reason::Graceful);
                 }

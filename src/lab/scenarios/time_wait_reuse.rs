@@ -3,11 +3,9 @@
 use std::time::Duration;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::fd::AsFd;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
-use crate::kernel::sockopt;
 use crate::lab::Expect::{Arrow, Fact};
 use crate::lab::stage;
 use crate::lab::{About, Play, Scenario, Stage};
@@ -45,26 +43,19 @@ impl Scenario for TimeWaitReuse {
             let listener = stage.listen(16)?;
             let mut client = stage.connect_by(stage::PATIENCE, bound).await?;
             let mut server = listener.accept().await?;
-            client.shutdown();
-            stage.hear_end(&mut server).await?;
-            server.shutdown();
-            stage.hear_end(&mut client).await?;
+            stage.part(&mut client, &mut server).await?;
             stage.close(client);
             stage.in_table(Role::Client, State::TimeWait).await?;
             stage.told(Role::Client, State::TimeWait).await?;
             stage.show().await?;
-            stage.tell("client: connects again from the very same port, until that is allowed: within a second");
-            let again = stage.until("the addresses to be free", || {
-                let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).ok()?;
-                bound(&socket).ok()?;
-                socket.connect(&stage.address.into()).ok().map(|()| socket)
-            });
-            let again = again.await?;
-            let (server, peer) = listener.accept_silently().await?;
-            stage.confirm("the same addresses are connected again, long before its minute is over", peer == from);
+            stage.tell("client: connects again from the very same port");
+            let again = stage.connect_by(stage::PATIENCE, bound).await?;
+            let server = listener.accept().await?;
+            let same = server.flow().peer == from;
+            stage.confirm("the same addresses are connected again, long before its minute is over", same);
             stage.told(Role::Client, State::Close).await?;
-            sockopt::reset_on_close(again.as_fd())?;
-            drop((again, server, listener));
+            stage.abort(again);
+            drop((server, listener));
             Ok(())
         })
     }
