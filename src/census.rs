@@ -115,6 +115,7 @@ pub struct Census {
     journal: Arc<Journal>,
     table: Mutex<Table>,
     every: Wanted,
+    left_by_peer: Wanted,
     /// The last reading, or that it failed, and when.
     cached: tokio::sync::Mutex<Option<(Instant, Option<Arc<Reading>>)>>,
     metrics: ObserverMetrics,
@@ -127,11 +128,13 @@ impl Census {
     pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table) -> Census {
         let metrics = journal.metrics().observer(table.observer(), "census");
         let every = scope.wanted(StateSet::of(&State::ALL));
+        let left_by_peer = scope.wanted(StateSet::of(&[State::CloseWait])).with_last_ack();
         Census {
             scope,
             journal,
             table: Mutex::new(table),
             every,
+            left_by_peer,
             cached: tokio::sync::Mutex::default(),
             metrics,
             warned: OnceAMinute::default(),
@@ -208,13 +211,21 @@ impl Census {
             table.each(&self.every, |row| count.add(row))?;
         }
         let observer = table.observer();
-        drop(table);
         let oldest = self.journal.ledger().oldest(clock::monotonic());
+        // Whoever closed and is not in the ledger, because nobody accepted it or nobody watches it, has no age but the
+        // kernel's own: a leak in the accept queue is a leak too.
+        if observer == Observer::SockDiag && count.knows_less_than_it_counts(&oldest, State::CloseWait) {
+            table.each(&self.left_by_peer, |row| count.add_age(row))?;
+        }
+        drop(table);
         let took = began.elapsed();
         self.metrics.duration.observe(took.as_secs_f64());
         Ok(count.finish(&oldest, observer, took))
     }
 }
+
+/// What the ledger knows: the age of the oldest in each state, and how many it knows.
+type Ages = HashMap<(Role, u16, State), (Duration, u64)>;
 
 /// A reading in the making: constant memory, however many sockets pass.
 struct Count<'a> {
@@ -268,11 +279,25 @@ impl Count<'_> {
         }
     }
 
-    fn finish(mut self, oldest: &HashMap<(Role, u16, State), Duration>, observer: Observer, took: Duration) -> Reading {
+    /// Whether sockets in `state` were counted that the ledger does not know.
+    fn knows_less_than_it_counts(&self, ledger: &Ages, state: State) -> bool {
+        let known = |service: &ServiceReading| ledger.get(&(service.role, service.port, state)).map_or(0, |age| age.1);
+        self.services.iter().any(|service| service.count(state) > known(service))
+    }
+
+    /// Takes the time since its last ACK for the age of a socket in CLOSE_WAIT: the FIN was one, and what the peer may have
+    /// acknowledged since makes it younger than it is, never older.
+    fn add_age(&mut self, row: &Row) {
+        let Some(service) = self.scope.service_of(&row.flow).map(|i| &mut self.services[i]) else { return };
+        let oldest = &mut service.oldest[row.state as usize];
+        *oldest = (*oldest).max(row.last_ack);
+    }
+
+    fn finish(mut self, oldest: &Ages, observer: Observer, took: Duration) -> Reading {
         for service in &mut self.services {
             for state in State::ALL {
                 let known = &mut service.oldest[state as usize];
-                *known = (*known).max(oldest.get(&(service.role, service.port, state)).copied());
+                *known = (*known).max(oldest.get(&(service.role, service.port, state)).map(|age| age.0));
             }
         }
         let mut used = vec![0; self.scope.targets().len()];
@@ -307,6 +332,8 @@ mod tests {
             expires: Duration::from_secs(20),
             receive_queue: 3,
             send_queue: Some(128),
+            inode: 0,
+            last_ack: None,
         }
     }
 
@@ -315,7 +342,7 @@ mod tests {
         for row in rows {
             count.add(row);
         }
-        let ledger = HashMap::from([((Role::Server, 7007, State::CloseWait), Duration::from_secs(5))]);
+        let ledger = HashMap::from([((Role::Server, 7007, State::CloseWait), (Duration::from_secs(5), 1))]);
         count.finish(&ledger, Observer::SockDiag, Duration::ZERO)
     }
 

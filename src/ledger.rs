@@ -192,15 +192,16 @@ impl Ledger {
         }
     }
 
-    /// The longest that any living connection has been in its state, by (role, port, state).
+    /// The longest that any living connection has been in its state, and how many are in it, by (role, port, state).
     #[must_use]
-    pub fn oldest(&self, now: Duration) -> HashMap<(Role, u16, State), Duration> {
-        let mut oldest: HashMap<_, Duration> = HashMap::new();
+    pub fn oldest(&self, now: Duration) -> HashMap<(Role, u16, State), (Duration, u64)> {
+        let mut oldest: HashMap<_, (Duration, u64)> = HashMap::new();
         for shard in &self.living {
             for life in lock(shard).values() {
                 let age = now.saturating_sub(life.since);
-                let entry = oldest.entry((life.role, life.port, life.state)).or_default();
-                *entry = (*entry).max(age);
+                let (longest, count) = oldest.entry((life.role, life.port, life.state)).or_default();
+                *longest = (*longest).max(age);
+                *count += 1;
             }
         }
         oldest
@@ -341,7 +342,7 @@ mod tests {
             }
         }
         let oldest = ledger.oldest(Duration::from_secs(10));
-        assert_eq!(oldest[&(Role::Client, 7007, State::Established)], Duration::from_secs(8));
+        assert_eq!(oldest[&(Role::Client, 7007, State::Established)], (Duration::from_secs(8), 1));
         for t in life.observe(Duration::from_secs(11), State::Close, Evidence::TcpInfo).iter() {
             ledger.steps(&id(1), [t]);
         }

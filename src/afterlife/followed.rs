@@ -145,7 +145,18 @@ mod tests {
 
     fn row(state: State, cookie: Option<u64>, expires: Duration) -> Row {
         let flow = followed(State::FinWait1, Evidence::SockDiag).departed.id.flow;
-        Row { state, flow, cookie, timer: TIMEWAIT_TIMER, retransmits: 0, expires, receive_queue: 0, send_queue: None }
+        Row {
+            state,
+            flow,
+            cookie,
+            timer: TIMEWAIT_TIMER,
+            retransmits: 0,
+            expires,
+            receive_queue: 0,
+            send_queue: None,
+            inode: 0,
+            last_ack: None,
+        }
     }
 
     fn told(noted: &Noted) -> Vec<(State, Option<Cause>)> {

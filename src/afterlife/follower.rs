@@ -136,7 +136,7 @@ impl Follower {
             return;
         }
         let followed = &mut self.followed;
-        let heard = events.drain(|Destroyed { cookie, info }| {
+        let heard = events.drain(|Destroyed { cookie, info, .. }| {
             if let Some(f) = followed.get_mut(&cookie) {
                 let passive = matches!(f.departed.life.state(), State::CloseWait | State::LastAck);
                 if passive && info.is_some_and(|i| i.bytes_acked >= f.departed.all_acked) {

@@ -67,6 +67,8 @@ fn parse(line: &[u8]) -> Result<Row, LineError> {
     let (send_queue, receive_queue) = hex_pair(next("queues")?).ok_or_else(|| wrong("queues"))?;
     let (timer, expires) = hex_pair(next("timer")?).ok_or_else(|| wrong("timer"))?;
     let retransmits = u32::from_str_radix(next("retransmits")?, 16).map_err(|_| wrong("retransmits"))?;
+    // uid and timeout before it. A 64-bit number that netlink too tells the lower half of only.
+    let inode = fields.nth(2).and_then(|text| text.parse::<u64>().ok()).ok_or_else(|| wrong("inode"))? as u32;
     Ok(Row {
         state: state.shown(),
         flow: Flow { local, peer },
@@ -77,6 +79,8 @@ fn parse(line: &[u8]) -> Result<Row, LineError> {
         receive_queue,
         // For a listener the kernel prints its accept queue's length here, and its limit nowhere.
         send_queue: (state != State::Listen).then_some(send_queue),
+        inode,
+        last_ack: None,
     })
 }
 

@@ -26,6 +26,10 @@ pub struct Row {
     pub receive_queue: u32,
     /// Bytes not yet acknowledged; for a listener, the limit of its accept queue, `None` where that is not told.
     pub send_queue: Option<u32>,
+    /// The socket's inode, as `/proc/PID/fd` names it; 0 where no process holds it.
+    pub inode: u32,
+    /// When the last ACK came, before the reading; `None` unless [`Wanted::with_last_ack`] asked, and where it is not told.
+    pub last_ack: Option<Duration>,
 }
 
 /// Which sockets a reading is about: a set of states, and local or remote ports (none named: all).
@@ -37,6 +41,8 @@ pub struct Wanted {
     pub(super) local: Vec<u16>,
     /// Sorted.
     pub(super) remote: Vec<u16>,
+    /// Whether each row shall come with what TCP_INFO says.
+    pub(super) info: bool,
 }
 
 impl Wanted {
@@ -48,7 +54,13 @@ impl Wanted {
             ports.sort_unstable();
             ports
         };
-        Wanted { states, local: sorted(local), remote: sorted(remote) }
+        Wanted { states, local: sorted(local), remote: sorted(remote), info: false }
+    }
+
+    /// The same, and when each socket last heard an ACK: it makes each row three times as dear.
+    #[must_use]
+    pub fn with_last_ack(self) -> Wanted {
+        Wanted { info: true, ..self }
     }
 
     /// Whether a socket with these addresses is meant.

@@ -62,7 +62,7 @@ impl SockDiag {
         // Too many ports for the kernel to filter by: it passes all, and we pass over.
         let bytecode = wire::port_filter(&wanted.local, &wanted.remote);
         let (mask, program) = (wanted.states.kernel_mask(), bytecode.as_deref().unwrap_or(&[]));
-        self.ask(|sequence| wire::dump_request(family, mask, program, sequence))?;
+        self.ask(|sequence| wire::dump_request(family, mask, wanted.info, program, sequence))?;
         let mut interrupted = false;
         loop {
             let len = self.receive()?;
@@ -74,7 +74,10 @@ impl SockDiag {
                 interrupted |= frame.interrupted;
                 match message {
                     Message::Socket(diag) => {
-                        let found = diag.row()?;
+                        let mut found = diag.row()?;
+                        if wanted.info {
+                            found.last_ack = diag.tcp_info().map(|info| info.last_ack);
+                        }
                         if bytecode.is_some() || wanted.wants(&found.flow) {
                             row(&found);
                         }
@@ -152,6 +155,8 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 pub struct Destroyed {
     /// SO_COOKIE.
     pub cookie: u64,
+    /// Its addresses.
+    pub flow: Flow,
     /// The last TCP_INFO.
     pub info: Option<TcpInfo>,
 }
@@ -241,8 +246,9 @@ impl DestroyEvents {
                     for message in Messages::new(&buffer[..len]) {
                         match message?.1 {
                             Message::Socket(diag) if diag.is_tcp() => {
-                                let cookie = diag.row()?.cookie.unwrap_or(0);
-                                event(Destroyed { cookie, info: diag.tcp_info() });
+                                let row = diag.row()?;
+                                let cookie = row.cookie.unwrap_or(0);
+                                event(Destroyed { cookie, flow: row.flow, info: diag.tcp_info() });
                             }
                             Message::Overrun => lost = true,
                             _ => {}

@@ -17,6 +17,8 @@ pub struct TcpInfo {
     /// The state of the descriptor. TIME_WAIT is never shown here: the descriptor reads CLOSE, and a minisocket lives
     /// on.
     pub state: State,
+    /// How long ago the last ACK came.
+    pub last_ack: Duration,
     /// Smoothed round-trip time; zero before the first sample.
     pub rtt: Duration,
     /// Segments retransmitted over the whole life.
@@ -64,6 +66,7 @@ impl TcpInfo {
         let u64_at = |at: usize| Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
         Some(TcpInfo {
             state: State::from_kernel(*bytes.first()?)?,
+            last_ack: Duration::from_millis(u32_at(56)?.into()),
             rtt: Duration::from_micros(u32_at(68)?.into()),
             retransmits: u32_at(100)?,
             bytes_acked: u64_at(120).unwrap_or(0),

@@ -147,6 +147,8 @@ impl Diag<'_> {
             expires: Duration::from_millis(u32_at(b, 52).into()),
             receive_queue: u32_at(b, 56),
             send_queue: Some(u32_at(b, 60)),
+            inode: u32_at(b, 68),
+            last_ack: None,
         })
     }
 
@@ -189,9 +191,14 @@ fn address(b: &[u8], family: u8, port: usize, ip: usize, scope: u32) -> Result<S
     }
 }
 
-/// Asks for every socket of `family` in the states of `mask` that passes `bytecode` (empty: all).
-pub(super) fn dump_request(family: u8, mask: u32, bytecode: &[u8], sequence: u32) -> Vec<u8> {
+/// Asks for every socket of `family` in the states of `mask` that passes `bytecode` (empty: all), with its TCP_INFO if
+/// `info`.
+pub(super) fn dump_request(family: u8, mask: u32, info: bool, bytecode: &[u8], sequence: u32) -> Vec<u8> {
     let mut request = request(family, mask, (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16, sequence);
+    if info {
+        // idiag_ext, right after family and protocol.
+        request[EXTENSIONS] = 1 << (INET_DIAG_INFO - 1);
+    }
     request.extend_from_slice(&[0; 48]);
     if !bytecode.is_empty() {
         request.extend_from_slice(&((bytecode.len() + 4) as u16).to_ne_bytes());
@@ -237,6 +244,9 @@ fn request(family: u8, mask: u32, flags: u16, sequence: u32) -> Vec<u8> {
     request.extend_from_slice(&mask.to_ne_bytes());
     request
 }
+
+/// Where `idiag_ext` is in a request: after `struct nlmsghdr`, family and protocol.
+const EXTENSIONS: usize = 18;
 
 fn finish(mut request: Vec<u8>) -> Vec<u8> {
     let len = request.len() as u32;
@@ -706,7 +716,7 @@ mod tests {
             body.extend(self.scope.to_ne_bytes());
             body.extend(self.row.cookie.unwrap().to_ne_bytes());
             let millis = self.row.expires.as_millis() as u32;
-            for word in [millis, self.row.receive_queue, self.row.send_queue.unwrap(), 0, 0] {
+            for word in [millis, self.row.receive_queue, self.row.send_queue.unwrap(), 0, self.row.inode] {
                 body.extend(word.to_ne_bytes());
             }
             for (kind, value, lie) in &self.attributes {
@@ -735,7 +745,7 @@ mod tests {
         };
         let attribute = (kind, value, lie(32)).prop_map(|(kind, value, lie)| (kind, value, lie.map(|lie| lie as u16)));
         let id = (any::<bool>(), any::<[[u8; 16]; 2]>(), any::<[u16; 2]>(), any::<u32>());
-        let rest = (1..=12_u8, any::<u64>(), any::<[u8; 2]>(), any::<[u32; 3]>());
+        let rest = (1..=12_u8, any::<u64>(), any::<[u8; 2]>(), any::<[u32; 4]>());
         (any::<u32>(), id, rest, vec(attribute, 0..4), lie(400)).prop_map(
             |(
                 sequence,
@@ -761,6 +771,8 @@ mod tests {
                     expires: Duration::from_millis(words[0].into()),
                     receive_queue: words[1],
                     send_queue: Some(words[2]),
+                    inode: words[3],
+                    last_ack: None,
                 };
                 Built { sequence, row, kernel_state, scope, attributes, lie }
             },
@@ -811,7 +823,7 @@ mod tests {
             "02 08 1400  00 00 5f1b  03 08 0c00  00 00 5f1b", // local port >= 7007 and <= 7007
         ];
         let mask = StateSet::of(&[State::Listen, State::TimeWait]).kernel_mask();
-        assert_eq!(dump_request(2, mask, &port_filter(&[7007], &[]).unwrap(), 7), hex(&golden));
+        assert_eq!(dump_request(2, mask, false, &port_filter(&[7007], &[]).unwrap(), 7), hex(&golden));
     }
 
     #[test]
@@ -822,7 +834,7 @@ mod tests {
             "00000000 00000000 00000000 00000000 00000000 00000000",
             "00000000 00000000 00000000 00000000 00000000 00000000",
         ];
-        assert_eq!(dump_request(10, 0xffe, &port_filter(&[], &[]).unwrap(), u32::MAX), hex(&golden));
+        assert_eq!(dump_request(10, 0xffe, false, &port_filter(&[], &[]).unwrap(), u32::MAX), hex(&golden));
     }
 
     #[test]
@@ -883,7 +895,7 @@ mod tests {
                 assert_eq!(accepts(&program, 1, port), remote.contains(&port), "{port}");
             }
             assert!(!accepts(&program, 1, 1));
-            let request = dump_request(2, 0, &program, 0);
+            let request = dump_request(2, 0, false, &program, 0);
             assert_eq!(request[72..74], (4 + program.len() as u16).to_ne_bytes(), "the attribute's length fits");
         }
         for (local, remote) in [(more, &[][..]), (&[], more), more.split_at(MAX_PORTS)] {

@@ -31,8 +31,8 @@ impl TableGauges {
             oldest: make.float_gauges(
                 "tcp_oldest_seconds",
                 "Age of the oldest socket in a state, of those whose age is known: own connections by what was \
-                 observed of them, TIME_WAIT by the kernel's timer. 0 where there is none; absent where there are \
-                 some and no age is known.",
+                 observed of them, TIME_WAIT by the kernel's timer, CLOSE_WAIT that nobody accepted or watches by the \
+                 last ACK (at least so old). 0 where there is none; absent where there are some and no age is known.",
                 &["role", "port", "state"],
             ),
             queue_length: make.gauges(

@@ -224,6 +224,31 @@ fn messages_of_many_sizes_come_back_whole() {
 
 // ---- --close-delay, --duration, --max-connections ----
 
+/// The ledger knows neither: the one was never accepted, the other nobody watches.
+#[test]
+fn a_close_wait_that_is_not_in_the_ledger_has_an_age_too() {
+    let queued = server(&["--max-connections", "1"]);
+    let unwatched = server(&["--lifecycles", "off", "--close-delay", "1h"]);
+    let mut first = connect(queued.server());
+    echo(&mut first);
+    let peers = [queued.server(), unwatched.server()].map(connect);
+    for (server, mut peer) in [&queued, &unwatched].into_iter().zip(&peers) {
+        peer.write_all(b"x").unwrap();
+        peer.shutdown(Shutdown::Write).unwrap();
+        let port = server.server().port();
+        let labels = [("role", "server"), ("port", &port.to_string()), ("state", "close_wait")];
+        let began = Instant::now();
+        let age = until("an age", || {
+            let metrics = server.metrics();
+            let ages: Vec<f64> = metrics.series("echoscope_tcp_oldest_seconds", &labels).collect();
+            let age = ages.first().copied().filter(|age| *age > 0.3)?;
+            (metrics.sockets("server", port, "close_wait") == 1.0).then_some(age)
+        });
+        let most = began.elapsed().as_secs_f64() + 0.1;
+        assert!(age <= most, "{age} s old, and the FIN was sent {most} s ago at most");
+    }
+}
+
 #[test]
 fn a_close_delay_is_seen_as_an_ageing_close_wait_and_ends_with_the_server() {
     let server = server(&["--close-delay", "1h"]);
