@@ -344,6 +344,7 @@ mod tests {
     }
 
     #[derive(Debug, PartialEq)]
+    #[expect(clippy::large_enum_variant, reason = "in tests only")]
     enum Said {
         Socket { row: Result<Row, WireError>, info: Option<TcpInfo>, is_tcp: bool },
         Done(i32),
