@@ -1,6 +1,7 @@
 //! The life of the process, as a table of contents: bind, observe, start the roles, wait, drain, stop.
 
 mod lab;
+mod watch;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -49,11 +50,11 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
 /// How long a drain that was cut short waits to be scraped.
 const LAST_SCRAPE: Duration = Duration::from_secs(15);
 
-/// Runs what was asked for on a runtime of its own; returns whether all went well.
+/// Runs what was asked for on a runtime of its own; returns the exit code.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails.
-pub fn start(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
+pub fn start(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.workers())
         .enable_all()
@@ -65,8 +66,9 @@ pub fn start(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCo
     result
 }
 
-async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
-    match config.mode {
+async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<u8> {
+    let well = match config.mode {
+        Mode::Watch(config_of_watch) => return watch::run(config_of_watch, config.common, log_lost).await,
         Mode::Lab(config_of_lab) => match prepared.lab {
             Some(prepared) => lab::run(&config_of_lab, prepared, config.common, log, log_lost).await,
             None => lab::list().map(|()| true),
@@ -76,7 +78,8 @@ async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCo
         }
         Mode::Health { url } => web::probe::ready(&url).await.map(|()| true),
         Mode::Run(roles) => run_roles(*roles, config.common, log, log_lost).await,
-    }
+    };
+    well.map(|well| u8::from(!well))
 }
 
 async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
@@ -101,9 +104,8 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
     let (draining, server_stop, web_stop) = (Stop::new(), Stop::new(), Stop::new());
     let end_all = EndAll { stop: stop.clone(), timeout: drain.timeout };
     let web = web.map(|bound| {
-        let sources =
-            web::Sources { census: Arc::clone(&census), journal: Arc::clone(&journal), readiness: readiness.clone() };
-        end_all.with("web side", &web_stop, web::run(bound, sources, web_stop.clone()))
+        let own = Arc::new(web::Own { census: Arc::clone(&census), journal: Arc::clone(&journal) });
+        end_all.with("web side", &web_stop, web::run(bound, own, readiness.clone(), web_stop.clone()))
     });
     let server = server.map(|bound| {
         let limit = connection_limit(&bound, descriptors, client.as_ref().map_or(0, |(c, _)| c.connections));

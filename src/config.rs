@@ -16,7 +16,7 @@ use crate::kernel::Observer;
 use crate::log::{Format, LogConfig};
 use crate::shutdown::DrainConfig;
 use crate::tcp::State;
-use args::{Cli, ClientArgs, Command, LabArgs, Lifecycles, LoadArgs, LogFormat, PairArgs, ServeArgs};
+use args::{Cli, ClientArgs, Command, LabArgs, Lifecycles, LoadArgs, LogFormat, PairArgs, ServeArgs, WatchArgs};
 pub use args::{CloseMode, Output, PageFormat, RuntimeShape};
 pub use values::TargetName;
 
@@ -49,6 +49,8 @@ pub enum Mode {
     Run(Box<Roles>),
     /// Play scenarios in the lab, or list them.
     Lab(LabConfig),
+    /// Watch the sockets of others.
+    Watch(WatchConfig),
     /// Explain a state, or all of them.
     Explain {
         /// Which; `None`: all.
@@ -63,6 +65,38 @@ pub enum Mode {
         /// Where to ask.
         url: String,
     },
+}
+
+/// How a watch tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WatchMode {
+    /// To Prometheus, until it is stopped.
+    Serve,
+    /// Once, to stdout.
+    Once,
+    /// Again and again, to a terminal.
+    Live,
+}
+
+/// The watch.
+#[derive(Clone, Debug)]
+pub struct WatchConfig {
+    /// Only these listening ports; none: every one.
+    pub only: Vec<u16>,
+    /// Not these.
+    pub ignore: Vec<u16>,
+    /// The remote ports that are told apart.
+    pub remote: Vec<u16>,
+    /// How often the table is read.
+    pub interval: Duration,
+    /// How it tells.
+    pub mode: WatchMode,
+    /// From which age on CLOSE_WAIT looks wrong.
+    pub warn: Duration,
+    /// From which age on it is bad.
+    pub crit: Duration,
+    /// How it is printed once.
+    pub output: Output,
 }
 
 /// The lab.
@@ -155,7 +189,7 @@ impl Config {
     pub fn workers(&self) -> usize {
         let server = match &self.mode {
             Mode::Run(roles) => roles.server.as_ref(),
-            Mode::Lab(_) | Mode::Explain { .. } | Mode::Health { .. } => None,
+            Mode::Lab(_) | Mode::Watch(_) | Mode::Explain { .. } | Mode::Health { .. } => None,
         };
         server.filter(|server| server.shape == RuntimeShape::Shared).map_or(2, |server| server.workers)
     }
@@ -235,6 +269,7 @@ impl Command {
                 let client = client(&load, targets)?;
                 Mode::Run(Box::new(Roles { server: None, client: Some(client), drain: drain.into() }))
             }
+            Command::Watch(args) => Mode::Watch(watch(args)?),
             Command::Lab(LabArgs { scenarios, hold, output }) => {
                 Mode::Lab(LabConfig { scenarios, hold: hold.into(), output })
             }
@@ -290,6 +325,31 @@ fn pair(args: PairArgs) -> Result<Mode, clap::Error> {
     let visible = if client.count.is_none() { VISIBLE_CLOSE_DELAY } else { Duration::ZERO };
     let server = server(&args.serve, listen, false, idle, visible);
     Ok(Mode::Run(Box::new(Roles { server: Some(server), client: Some(client), drain: args.drain.into() })))
+}
+
+fn watch(args: WatchArgs) -> Result<WatchConfig, clap::Error> {
+    let (interval, warn, crit) = (Duration::from(args.interval), Duration::from(args.warn), Duration::from(args.crit));
+    if interval < Duration::from_millis(10) {
+        return Err(mistake(&format!("'--interval {interval:?}' is too short: 10ms at least")));
+    }
+    if warn > crit {
+        return Err(mistake(&format!("'--warn {warn:?}' is longer than '--crit {crit:?}'")));
+    }
+    let mode = match (args.once, args.live) {
+        (true, _) => WatchMode::Once,
+        (_, true) => WatchMode::Live,
+        _ => WatchMode::Serve,
+    };
+    Ok(WatchConfig {
+        only: args.ports,
+        ignore: args.ignore_ports,
+        remote: args.remote_ports,
+        interval,
+        mode,
+        warn,
+        crit,
+        output: args.output,
+    })
 }
 
 fn optional(duration: Option<Duration>) -> Option<Duration> {
@@ -403,6 +463,8 @@ mod tests {
             for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
                 let long = arg.get_long().unwrap_or_default();
                 if !matches!(long, "help" | "version") {
+                    // Beside a service called echoscope, Kubernetes sets ECHOSCOPE_PORT itself, to something else.
+                    let long = if long == "port" { "watch-port" } else { long };
                     let expected = format!("ECHOSCOPE_{}", long.replace(['-', '.'], "_").to_uppercase());
                     assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
                 }

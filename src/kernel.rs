@@ -7,6 +7,8 @@ mod error;
 pub mod filter;
 pub mod limits;
 pub mod namespace;
+mod opens;
+pub mod owners;
 pub mod ports;
 mod procfs;
 mod row;
@@ -18,6 +20,7 @@ mod tcp_info;
 mod wire;
 
 pub use error::{LineError, TableError};
+pub use opens::opens;
 pub use row::{Row, TIME_WAIT, Wanted};
 pub use sock_diag::{DestroyEvents, Destroyed};
 pub use table::{Observer, Table};

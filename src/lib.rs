@@ -7,19 +7,22 @@
 //! ```text
 //! 4  main.rs        parse, start the logs, run, exit code
 //! 3  app.rs         the life of the process: bind, observe, start the roles, wait, drain, stop
-//! 2  server.rs      accept, echo, half-close, drain            the four never import each other
+//! 2  server.rs      accept, echo, half-close, drain            the five never import each other
 //!    client.rs      connect, send, verify, close; pacing; summary
 //!    lab.rs         scenarios: a real kernel shows a state or a failure on demand
+//!    watch.rs       every other service's sockets, for Prometheus, scripts and people
 //!    web.rs         metrics, health, census and lives as JSON
 //! 1  conn.rs        Conn: a TCP stream that narrates its own life; all roles use it
 //!    afterlife.rs   follows a connection after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, really gone
 //!    census.rs      sockets counted by (role, port, state), one reading for any number of scrapers
+//!    survey.rs      the sockets of every listener in this namespace, whoever owns them
 //!    journal.rs     THE choke point: a transition in, its log line, counters and ledger entry out
 //!    ledger.rs      who is alive, in which state since when; the last lives that ended
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
 //!    metrics.rs     every metric, made once against its own registry
 //!    listener.rs    listening sockets, and accepting from them whatever happens
 //!    explain.rs     what each state means: one table, told as text, Markdown or JSON
+//!    source.rs      what a web side tells of, whatever is looked at
 //!    config.rs      what was typed → plain role configurations
 //!    progress.rs    the bar of a bounded run that somebody watches
 //!    shutdown.rs    signals, the stop token
@@ -60,5 +63,8 @@ pub mod progress;
 pub mod scope;
 pub mod server;
 pub mod shutdown;
+pub mod source;
+pub mod survey;
 pub mod tcp;
+pub mod watch;
 pub mod web;

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::kernel::{clock, filter};
 use crate::log::OnceAMinute;
-use crate::metrics::Metrics;
+use crate::metrics::ACCEPT_ERRORS;
 pub use life::ListenerLife;
 
 /// How a listening socket is made.
@@ -71,8 +71,8 @@ pub struct AcceptFaults {
 impl AcceptFaults {
     /// For the service called `what`.
     #[must_use]
-    pub fn new(what: &'static str, metrics: &Metrics) -> AcceptFaults {
-        let [descriptors, memory, connection, other] = metrics.accept_errors(what);
+    pub fn new(what: &'static str, counted: [IntCounter; ACCEPT_ERRORS.len()]) -> AcceptFaults {
+        let [descriptors, memory, connection, other] = counted;
         AcceptFaults { what, descriptors, memory, connection, other, warned: OnceAMinute::default() }
     }
 

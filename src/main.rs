@@ -29,8 +29,7 @@ fn main() -> ExitCode {
         }
     };
     match app::start(config, prepared, &log, lost) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "cannot go on");
             ExitCode::FAILURE

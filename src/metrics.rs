@@ -3,19 +3,22 @@
 //! Must not know: how any number is found.
 
 mod maker;
+mod survey;
 mod table;
 mod transitions;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::{Encoder, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
+use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
 use crate::kernel::Observer;
 use crate::ledger::Reason;
 use crate::scope::Scope;
 use crate::tcp::{Role, State, Transition};
 use maker::{Maker, opts};
+pub use survey::{ServiceRow, SurveyMetrics};
+use table::ObserverFamilies;
 pub use table::{ObserverMetrics, TableGauges};
 use transitions::Transitions;
 
@@ -100,9 +103,7 @@ pub struct Metrics {
     pub drain_aborted: IntCounter,
     outcomes: IntCounterVec,
     accept_errors: IntCounterVec,
-    observer_duration: HistogramVec,
-    observer_errors: IntCounterVec,
-    lost_events: IntCounterVec,
+    observers: ObserverFamilies,
     /// One scrape at a time writes the gauges and reads them back.
     scrape: Mutex<Scrapes>,
 }
@@ -118,10 +119,7 @@ impl Metrics {
         let make = Maker(&registry);
         make.register(log_lost);
         make.register_collector(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
-        let build = make.gauges("build_info", "What this binary is; always 1.", &["version"]);
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        let info = make.gauges("observer_info", "How the kernel's socket table is read; always 1.", &["observer"]);
-        info.with_label_values(&[observer.label()]).set(1);
+        make.about(observer);
 
         let opened = make.counters("connections_opened_total", "Connections opened by this process.", &["role"]);
         let open = make.gauges(
@@ -162,28 +160,9 @@ impl Metrics {
             latency("connect_duration_seconds", "From when the open was due to ESTABLISHED, late opens included.");
         let echo = latency("echo_duration_seconds", "From the first byte of a message written to its last byte back.");
         let close = latency("close_duration_seconds", "From our FIN (shutdown) to the end of the peer's stream.");
-        let lost_events = make.counters(
-            "observer_lost_events_total",
-            "Times that the kernel lost events for us, or a dump changed under us; a re-sync followed.",
-            &["observer", "what"],
-        );
-        for what in ["destroy", "dump"] {
-            lost_events.with_label_values(&[observer.label(), what]);
-        }
-        let observer_errors = make.counters(
-            "observer_errors_total",
-            "Readings of the kernel's table that failed.",
-            &["observer", "what"],
-        );
-        let observer_duration = make.histograms(
-            "observer_duration_seconds",
-            "How long a reading of the kernel's table took.",
-            &["observer", "what"],
-            LATENCY,
-        );
+        let observers = ObserverFamilies::new(&make);
         for what in ["census", "follow"] {
-            observer_errors.with_label_values(&[observer.label(), what]);
-            observer_duration.with_label_values(&[observer.label(), what]);
+            observers.of(observer, what);
         }
         let accept_errors = make.counters(
             "accept_errors_total",
@@ -236,9 +215,7 @@ impl Metrics {
                 &["target", "outcome"],
             ),
             accept_errors,
-            observer_duration,
-            observer_errors,
-            lost_events,
+            observers,
             scrape: Mutex::default(),
             registry,
         }
@@ -271,13 +248,7 @@ impl Metrics {
     /// The metrics of one use of the socket table: `census` or `follow`.
     #[must_use]
     pub fn observer(&self, observer: Observer, what: &str) -> ObserverMetrics {
-        let labels = &[observer.label(), what];
-        ObserverMetrics {
-            duration: self.observer_duration.with_label_values(labels),
-            errors: self.observer_errors.with_label_values(labels),
-            lost_events: self.lost_events.with_label_values(&[observer.label(), "destroy"]),
-            interrupted: self.lost_events.with_label_values(&[observer.label(), "dump"]),
-        }
+        self.observers.of(observer, what)
     }
 
     /// Counts a transition and the stay that it ended.

@@ -113,7 +113,7 @@ pub async fn run(
     let Bound { config, listeners, at, address } = bound;
     let shape = config.shape;
     let shared = Arc::new(Shared {
-        faults: AcceptFaults::new("echo", afterlife.journal().metrics()),
+        faults: AcceptFaults::new("echo", afterlife.journal().metrics().accept_errors("echo")),
         drained: AtomicU64::new(0),
         aborted: AtomicU64::new(0),
         lost: AtomicU64::new(0),

@@ -3,6 +3,7 @@
 //! Must not know: the roles. Its own connections are not narrated and never hold up a drain.
 
 mod api;
+mod own;
 mod page;
 mod peers;
 pub mod probe;
@@ -24,11 +25,11 @@ use prometheus::IntGauge;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::TaskTracker;
 
-use crate::census::Census;
-use crate::journal::Journal;
 use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
 use crate::metrics;
 use crate::shutdown::Stop;
+use crate::source::{NoAnswer, Source};
+pub use own::Own;
 use peers::{Peer, Peers};
 
 /// A request's headers must be there within this time, also on a connection kept alive: longer than the usual scrape
@@ -85,25 +86,15 @@ impl Bound {
     }
 }
 
-/// What the pages are made of.
-pub struct Sources {
-    /// The kernel's sockets.
-    pub census: Arc<Census>,
-    /// Counters and lives.
-    pub journal: Arc<Journal>,
-    /// Whether to say that we are ready.
-    pub readiness: Readiness,
-}
-
 /// Serves until `stop`.
 ///
 /// # Errors
 /// When the listener cannot be watched.
-pub async fn run(bound: Bound, sources: Sources, stop: Stop) -> anyhow::Result<()> {
+pub async fn run(bound: Bound, source: Arc<dyn Source>, readiness: Readiness, stop: Stop) -> anyhow::Result<()> {
     let listener = TcpListener::from_std(bound.listener).context("watch the web listener")?;
     tracing::info!(address = %bound.address, "web side listening");
-    let sources = Arc::new(sources);
-    let faults = AcceptFaults::new("web", sources.journal.metrics());
+    let faults = AcceptFaults::new("web", source.accept_errors());
+    let sources = Arc::new(Sources { source, readiness });
     let peers = Arc::new(Peers::default());
     let tasks = TaskTracker::new();
     loop {
@@ -122,6 +113,12 @@ pub async fn run(bound: Bound, sources: Sources, stop: Stop) -> anyhow::Result<(
     tasks.close();
     let _ = tokio::time::timeout(LAST_ANSWERS, tasks.wait()).await;
     Ok(())
+}
+
+/// What an answer is made of.
+struct Sources {
+    source: Arc<dyn Source>,
+    readiness: Readiness,
 }
 
 /// One connection: any number of requests, each in time.
@@ -172,37 +169,28 @@ async fn answer(request: &Request<Incoming>, sources: &Sources) -> Response<Full
     }
     match route {
         Route::Page => with_type("text/html; charset=utf-8", page::landing(sources.readiness.get())),
-        Route::Metrics => {
-            let reading = sources.census.read().await;
-            let journal = Arc::clone(&sources.journal);
-            // Off the async threads: the process's own metrics list its descriptors, and there may be many.
-            let rendered = tokio::task::spawn_blocking(move || {
-                journal.metrics().render(|gauges| reading.iter().for_each(|reading| reading.show(gauges)))
-            });
-            match rendered.await {
-                Ok(Ok(page)) => with_type(metrics::CONTENT_TYPE, page),
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "cannot encode metrics");
-                    text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be encoded\n")
-                }
-                Err(_shutting_down) => text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"),
-            }
-        }
+        Route::Metrics => match sources.source.metrics().await {
+            Ok(page) => with_type(metrics::CONTENT_TYPE, page),
+            Err(no) => refusal(no),
+        },
         Route::Healthy => text(StatusCode::OK, "healthy\n"),
         Route::Ready if sources.readiness.get() => text(StatusCode::OK, "ready\n"),
         Route::Ready => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        Route::Sockets => match sources.census.read().await {
-            Some(reading) => json(&api::Sockets::of(&reading)),
-            None => text(StatusCode::SERVICE_UNAVAILABLE, "the kernel's socket table cannot be read\n"),
+        Route::Sockets => match sources.source.sockets(request.uri().query()).await {
+            Ok(told) => with_type("application/json", told),
+            Err(no) => refusal(no),
         },
-        Route::Connections => match api::limit(request.uri().query()) {
-            Ok(limit) => {
-                let journal = Arc::clone(&sources.journal);
-                let told = tokio::task::spawn_blocking(move || json(&api::connections(&journal, limit)));
-                told.await.unwrap_or_else(|_| text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n"))
-            }
-            Err(message) => text(StatusCode::BAD_REQUEST, message),
+        Route::Connections => match sources.source.connections(request.uri().query()).await {
+            Ok(told) => with_type("application/json", told),
+            Err(no) => refusal(no),
         },
+    }
+}
+
+fn refusal(no: NoAnswer) -> Response<Full<Bytes>> {
+    match no {
+        NoAnswer::Question(how) => text(StatusCode::BAD_REQUEST, how),
+        NoAnswer::Unavailable(what) => text(StatusCode::SERVICE_UNAVAILABLE, what),
     }
 }
 
@@ -213,16 +201,6 @@ enum Route {
     Ready,
     Sockets,
     Connections,
-}
-
-fn json(value: &impl serde::Serialize) -> Response<Full<Bytes>> {
-    match serde_json::to_vec(value) {
-        Ok(body) => with_type("application/json", body),
-        Err(error) => {
-            tracing::error!(%error, "cannot encode JSON");
-            text(StatusCode::INTERNAL_SERVER_ERROR, "cannot be encoded\n")
-        }
-    }
 }
 
 fn with_type(content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {

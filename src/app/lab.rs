@@ -60,9 +60,9 @@ pub(super) async fn run(
     let readiness = Readiness::new(metrics.ready.clone());
     let web_stop = Stop::new();
     let web = web.map(|bound| {
-        let sources = web::Sources { census, journal: Arc::clone(&journal), readiness: readiness.clone() };
+        let own = Arc::new(web::Own { census, journal: Arc::clone(&journal) });
         let end_all = EndAll { stop: stop.clone(), timeout: drain.timeout };
-        end_all.with("web side", &web_stop, web::run(bound, sources, web_stop.clone()))
+        end_all.with("web side", &web_stop, web::run(bound, own, readiness.clone(), web_stop.clone()))
     });
     readiness.set(true);
     tracing::info!(target: STEPS, "playing in {}", ground.label());

@@ -68,6 +68,8 @@ pub(super) enum Command {
     Server(ServerArgs),
     /// One or many targets, connected to again and again, every echo verified.
     Client(ClientArgs),
+    /// Count and age the sockets of every listener in this network namespace, whoever owns them.
+    Watch(WatchArgs),
     /// Make a real kernel show a state or a failure, and explain it; without a name: what there is to see.
     Lab(LabArgs),
     /// What a state means: who waits for whom, how long it may last here, what piles it up, what to do.
@@ -83,6 +85,38 @@ pub(super) enum Command {
         /// What to ask; without it, /-/ready at --web.listen-address.
         url: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct WatchArgs {
+    /// Only these listening ports [default: every one]; the web side's own is left out.
+    // Not ECHOSCOPE_PORT: Kubernetes sets that itself beside a service of this name.
+    #[arg(long = "port", env = "ECHOSCOPE_WATCH_PORT", value_name = "PORT", value_delimiter = ',')]
+    pub(super) ports: Vec<u16>,
+    /// Not these listening ports.
+    #[arg(long = "ignore-port", env = "ECHOSCOPE_IGNORE_PORT", value_name = "PORT", value_delimiter = ',')]
+    pub(super) ignore_ports: Vec<u16>,
+    /// Tell connections going out to this remote port apart; all others are counted together, as port other.
+    #[arg(long = "remote-port", env = "ECHOSCOPE_REMOTE_PORT", value_name = "PORT", value_delimiter = ',')]
+    pub(super) remote_ports: Vec<u16>,
+    /// How often the table is read.
+    #[arg(long, env = "ECHOSCOPE_INTERVAL", default_value = "1s", value_name = "DURATION")]
+    pub(super) interval: Span,
+    /// Print one reading and what looks wrong in it, and exit: 0 nothing, 1 something, 2 something bad.
+    #[arg(long, env = "ECHOSCOPE_ONCE", value_parser = BoolishValueParser::new(), conflicts_with = "live")]
+    pub(super) once: bool,
+    /// Print readings again and again on a terminal.
+    #[arg(long, env = "ECHOSCOPE_LIVE", value_parser = BoolishValueParser::new())]
+    pub(super) live: bool,
+    /// A socket in CLOSE_WAIT for so long looks wrong.
+    #[arg(long, env = "ECHOSCOPE_WARN", default_value = "1m", value_name = "DURATION")]
+    pub(super) warn: Span,
+    /// A socket in CLOSE_WAIT for so long is bad.
+    #[arg(long, env = "ECHOSCOPE_CRIT", default_value = "15m", value_name = "DURATION")]
+    pub(super) crit: Span,
+    /// How to print with --once.
+    #[arg(long, env = "ECHOSCOPE_OUTPUT", default_value = "text", value_name = "FORMAT")]
+    pub(super) output: Output,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,8 @@ use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
 
+use crate::kernel::Observer;
+
 /// Makes metrics with the project's prefix and registers them.
 pub(super) struct Maker<'a>(pub(super) &'a Registry);
 
@@ -14,6 +16,14 @@ impl Maker<'_> {
 
     pub(super) fn register_collector(&self, metric: Box<dyn prometheus::core::Collector>) {
         self.0.register(metric).expect("metric names are unique");
+    }
+
+    /// What this binary is, and how it reads the kernel.
+    pub(super) fn about(&self, observer: Observer) {
+        let build = self.gauges("build_info", "What this binary is; always 1.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let info = self.gauges("observer_info", "How the kernel's socket table is read; always 1.", &["observer"]);
+        info.with_label_values(&[observer.label()]).set(1);
     }
 
     pub(super) fn made<C: prometheus::core::Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {

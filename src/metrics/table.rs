@@ -1,8 +1,10 @@
 //! What a reading of the kernel's socket table shows, and what it reports of itself.
 
-use prometheus::{GaugeVec, Histogram, IntCounter, IntGaugeVec};
+use prometheus::{GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec};
 
+use super::LATENCY;
 use super::maker::Maker;
+use crate::kernel::Observer;
 
 /// The gauges that only a reading of the kernel's table can fill.
 pub struct TableGauges {
@@ -80,4 +82,45 @@ pub struct ObserverMetrics {
     pub lost_events: IntCounter,
     /// Dumps under which the table changed.
     pub interrupted: IntCounter,
+}
+
+/// The families that [`ObserverMetrics`] come from.
+pub(super) struct ObserverFamilies {
+    duration: HistogramVec,
+    errors: IntCounterVec,
+    lost_events: IntCounterVec,
+}
+
+impl ObserverFamilies {
+    pub(super) fn new(make: &Maker<'_>) -> ObserverFamilies {
+        ObserverFamilies {
+            duration: make.histograms(
+                "observer_duration_seconds",
+                "How long a reading of the kernel's table took.",
+                &["observer", "what"],
+                LATENCY,
+            ),
+            errors: make.counters(
+                "observer_errors_total",
+                "Readings of the kernel's table that failed.",
+                &["observer", "what"],
+            ),
+            lost_events: make.counters(
+                "observer_lost_events_total",
+                "Times that the kernel lost events for us, or a dump changed under us; a re-sync followed.",
+                &["observer", "what"],
+            ),
+        }
+    }
+
+    /// Those of one use of the table: `census`, `follow` or `survey`.
+    pub(super) fn of(&self, observer: Observer, what: &str) -> ObserverMetrics {
+        let labels = &[observer.label(), what];
+        ObserverMetrics {
+            duration: self.duration.with_label_values(labels),
+            errors: self.errors.with_label_values(labels),
+            lost_events: self.lost_events.with_label_values(&[observer.label(), "destroy"]),
+            interrupted: self.lost_events.with_label_values(&[observer.label(), "dump"]),
+        }
+    }
 }

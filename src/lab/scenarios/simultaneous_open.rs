@@ -79,8 +79,10 @@ impl Scenario for SimultaneousOpen {
                 filter::lose(socket.as_fd(), Segment::SynAck)?;
                 copy.set(socket.try_clone()?).map_err(|_| ErrorKind::AlreadyExists.into())
             });
-            if timeout(Duration::from_millis(100), opening).await.is_ok() {
-                bail!("connected although every SYN+ACK was lost");
+            match timeout(Duration::from_millis(100), opening).await {
+                Err(_elapsed) => {}
+                Ok(Ok(_)) => bail!("connected although every SYN+ACK was lost"),
+                Ok(Err(error)) => return Err(error).with_context(|| format!("connect {other} to itself")),
             }
             let copy = copy.into_inner().context("the socket was not prepared")?;
             stage.lose(copy.as_fd(), Segment::Any, "the socket")?;

@@ -1,0 +1,82 @@
+//! The life of a watch: once, again and again on a terminal, or until it is told to stop.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use prometheus::IntCounter;
+
+use super::EndAll;
+use crate::config::{Common, Output, WatchConfig, WatchMode};
+use crate::kernel::Table;
+use crate::metrics::SurveyMetrics;
+use crate::shutdown::{DrainConfig, Stop, on_signals};
+use crate::survey::{Selection, Survey};
+use crate::watch::{Severity, Thresholds, Watch};
+use crate::web::{self, Readiness};
+
+/// Watches as it was told to; returns the exit code.
+pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
+    let drain = DrainConfig { delay: Duration::ZERO, timeout: Duration::from_secs(5) };
+    let stop = Stop::new();
+    tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
+    let serves = config.mode == WatchMode::Serve;
+    let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
+    let WatchConfig { only, mut ignore, remote, interval, warn, crit, .. } = config;
+    ignore.extend(web.as_ref().map(|bound| bound.address().port()));
+    let (table, refused) = Table::open(common.observer).context("read the kernel's socket table")?;
+    let observer = table.observer();
+    if let Some(error) = refused {
+        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their addresses only");
+    }
+    let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
+    let survey = Survey::start(Selection { only, ignore, remote }, table, Arc::clone(&metrics), interval)
+        .context("start the survey")?;
+    let readiness = Readiness::new(metrics.ready.clone());
+    let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
+    match config.mode {
+        WatchMode::Once => print(&watch, config.output, "").await,
+        WatchMode::Live => {
+            // Home, and what is below is cleared: the table stays where it is.
+            const AGAIN: &str = "\x1b[H\x1b[J";
+            loop {
+                let code = print(&watch, Output::Text, AGAIN).await?;
+                tokio::select! {
+                    () = tokio::time::sleep(interval) => {}
+                    () = stop.begun() => return Ok(code),
+                }
+            }
+        }
+        WatchMode::Serve => {
+            let Some(bound) = web else {
+                bail!("watch serves its metrics: give --web.listen-address, or --once or --live")
+            };
+            let web_stop = Stop::new();
+            let end_all = EndAll { stop: stop.clone(), timeout: drain.timeout };
+            let web = end_all.with("web side", &web_stop, web::run(bound, watch, readiness.clone(), web_stop.clone()));
+            readiness.set(true);
+            tracing::info!(%observer, "watching every listener of this network namespace");
+            stop.begun().await;
+            readiness.set(false);
+            web_stop.begin();
+            web.await.context("web side").flatten()?;
+            Ok(0)
+        }
+    }
+}
+
+/// Prints one reading; returns how bad it is.
+async fn print(watch: &Watch, output: Output, before: &str) -> anyhow::Result<u8> {
+    let told = match output {
+        Output::Text => watch.table().await.map(|(text, severity)| (text.into_bytes(), severity)),
+        Output::Json => watch.json().await.map(|(mut json, severity)| {
+            json.push(b'\n');
+            (json, severity)
+        }),
+    };
+    let (text, severity): (Vec<u8>, Severity) = told.context("read the kernel's socket table")?;
+    let mut out = std::io::stdout().lock();
+    out.write_all(before.as_bytes()).and_then(|()| out.write_all(&text)).and_then(|()| out.flush()).context("print")?;
+    Ok(severity as u8)
+}

@@ -1,0 +1,146 @@
+//! What the survey exports: the same names as of one's own connections, where they mean the same.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus::{Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+
+use super::maker::Maker;
+use super::table::ObserverFamilies;
+use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges};
+use crate::kernel::Observer;
+
+/// Every metric of a process that watches others.
+pub struct SurveyMetrics {
+    registry: Registry,
+    table: TableGauges,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+    stay: HistogramVec,
+    listener: IntGaugeVec,
+    accept_errors: IntCounterVec,
+    /// Connections that nobody told the survey of.
+    pub missed: IntCounter,
+    /// 1 while this process answers.
+    pub ready: IntGauge,
+    observer: ObserverMetrics,
+    /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
+    scrape: Mutex<BTreeSet<(&'static str, String)>>,
+}
+
+/// One service's numbers, as a scrape shows them.
+pub struct ServiceRow {
+    /// `server` or `client`.
+    pub role: &'static str,
+    /// A port, or `other`.
+    pub port: String,
+    /// Opened and closed since the start.
+    pub totals: (u64, u64),
+    /// The process that listens, where that is known.
+    pub process: Option<String>,
+}
+
+impl SurveyMetrics {
+    /// Makes and registers them all.
+    ///
+    /// # Panics
+    /// When two metrics share a name: a mistake in this file.
+    #[must_use]
+    pub fn new(observer: Observer, log_lost: &IntCounter) -> SurveyMetrics {
+        let registry = Registry::new();
+        let make = Maker(&registry);
+        make.register(log_lost);
+        make.register_collector(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
+        make.about(observer);
+        let table = TableGauges::new(&make);
+        let ready = make.gauge("ready", "Whether this process answers: 0 from the first signal on.");
+        let observer = ObserverFamilies::new(&make).of(observer, "survey");
+        let accept_errors =
+            make.counters("accept_errors_total", "accept(2) errors, by listening service.", &["service", "reason"]);
+        SurveyMetrics {
+            table,
+            opened: make.counters(
+                "sockets_opened_total",
+                "Connections of others opened since the survey began: new in the table, or freed between two readings.",
+                &["role", "port"],
+            ),
+            closed: make.counters(
+                "sockets_closed_total",
+                "Connections of others whose full socket is gone since the survey began.",
+                &["role", "port"],
+            ),
+            stay: make.histograms(
+                "sockets_state_duration_seconds",
+                "Time that connections of others spent in a state that piles up, once they left it, to the interval of the \
+                 readings.",
+                &["role", "port", "state"],
+                STAY,
+            ),
+            listener: make.gauges("listener_info", "Which process listens; always 1.", &["port", "process"]),
+            accept_errors,
+            missed: make.counter(
+                "sockets_missed_total",
+                "Connections of others that are in no count: the kernel opened them, and its word of their end was lost.",
+            ),
+            ready,
+            observer,
+            scrape: Mutex::default(),
+            registry,
+        }
+    }
+
+    /// The counters of accept(2) errors of the web side.
+    #[must_use]
+    pub fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()] {
+        ACCEPT_ERRORS.map(|reason| self.accept_errors.with_label_values(&["web", reason]))
+    }
+
+    /// A stay of somebody's connection has ended.
+    pub fn stay(&self, role: &str, port: &str, state: &str, time: Duration) {
+        self.stay.with_label_values(&[role, port, state]).observe(time.as_secs_f64());
+    }
+
+    /// What the survey reports of itself.
+    #[must_use]
+    pub fn observer(&self) -> &ObserverMetrics {
+        &self.observer
+    }
+
+    /// The page for `/metrics`: these services, what `fill` puts into the table's gauges, and everything else. A service that
+    /// is gone takes its series with it.
+    ///
+    /// # Errors
+    /// When the text cannot be encoded.
+    pub fn render(&self, services: &[ServiceRow], fill: impl FnOnce(&TableGauges)) -> prometheus::Result<Vec<u8>> {
+        let families = {
+            let mut known = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+            self.table.clear();
+            self.listener.reset();
+            let now: BTreeSet<_> = services.iter().map(|s| (s.role, s.port.clone())).collect();
+            for (role, port) in known.difference(&now) {
+                let labels: [&str; 2] = [role, port];
+                let _ = self.opened.remove_label_values(&labels);
+                let _ = self.closed.remove_label_values(&labels);
+                for state in crate::tcp::State::ALL {
+                    let _ = self.stay.remove_label_values(&[role, port.as_str(), state.label()]);
+                }
+            }
+            for ServiceRow { role, port, totals, process } in services {
+                for (counter, total) in [(&self.opened, totals.0), (&self.closed, totals.1)] {
+                    let counter = counter.with_label_values(&[*role, port.as_str()]);
+                    counter.inc_by(total.saturating_sub(counter.get()));
+                }
+                if let Some(process) = process {
+                    self.listener.with_label_values(&[port.as_str(), process.as_str()]).set(1);
+                }
+            }
+            *known = now;
+            fill(&self.table);
+            self.registry.gather()
+        };
+        let mut page = Vec::with_capacity(64 * 1024);
+        TextEncoder::new().encode(&families, &mut page)?;
+        Ok(page)
+    }
+}

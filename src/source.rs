@@ -1,0 +1,46 @@
+//! What a web side tells of, whatever it is that is looked at. Must not know: HTTP, or who asks.
+
+use std::pin::Pin;
+
+use prometheus::IntCounter;
+use serde::Serialize;
+
+use crate::metrics::ACCEPT_ERRORS;
+
+/// An answer that takes a moment.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoAnswer {
+    /// The question cannot be understood: how it should be put.
+    Question(&'static str),
+    /// Not now: what cannot be had.
+    Unavailable(&'static str),
+}
+
+/// Something that can tell of itself.
+pub trait Source: Send + Sync + 'static {
+    /// The page for `/metrics`.
+    fn metrics(&self) -> Answer<'_, Result<Vec<u8>, NoAnswer>>;
+
+    /// `/api/sockets` as JSON, with the query.
+    fn sockets<'a>(&'a self, query: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>>;
+
+    /// `/api/connections` as JSON, with the query.
+    fn connections<'a>(&'a self, query: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>>;
+
+    /// Where errors of accept(2) of the web side are counted.
+    fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()];
+}
+
+/// As JSON.
+///
+/// # Errors
+/// When it cannot be encoded, which is logged.
+pub fn json(told: &impl Serialize) -> Result<Vec<u8>, NoAnswer> {
+    serde_json::to_vec(told).map_err(|error| {
+        tracing::error!(%error, "cannot encode JSON");
+        NoAnswer::Unavailable("cannot be encoded\n")
+    })
+}

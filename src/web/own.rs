@@ -1,0 +1,60 @@
+//! What a process tells of its own connections.
+
+use std::sync::Arc;
+
+use prometheus::IntCounter;
+
+use super::api;
+use crate::census::Census;
+use crate::journal::Journal;
+use crate::metrics::ACCEPT_ERRORS;
+use crate::source::{Answer, NoAnswer, Source, json};
+
+const SHUTTING_DOWN: NoAnswer = NoAnswer::Unavailable("shutting down\n");
+
+/// The kernel's sockets of our services, and our own counters and lives.
+pub struct Own {
+    /// The kernel's sockets.
+    pub census: Arc<Census>,
+    /// Counters and lives.
+    pub journal: Arc<Journal>,
+}
+
+impl Source for Own {
+    fn metrics(&self) -> Answer<'_, Result<Vec<u8>, NoAnswer>> {
+        Box::pin(async {
+            let reading = self.census.read().await;
+            let journal = Arc::clone(&self.journal);
+            // Off the async threads: the process's own metrics list its descriptors, and there may be many.
+            let rendered = tokio::task::spawn_blocking(move || {
+                journal.metrics().render(|gauges| reading.iter().for_each(|reading| reading.show(gauges)))
+            });
+            rendered.await.map_err(|_| SHUTTING_DOWN)?.map_err(|error| {
+                tracing::error!(%error, "cannot encode metrics");
+                NoAnswer::Unavailable("metrics cannot be encoded\n")
+            })
+        })
+    }
+
+    fn sockets<'a>(&'a self, _: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
+        Box::pin(async {
+            let reading = self.census.read().await;
+            let unreadable = NoAnswer::Unavailable("the kernel's socket table cannot be read\n");
+            let reading = reading.ok_or(unreadable)?;
+            json(&api::Sockets::of(&reading))
+        })
+    }
+
+    fn connections<'a>(&'a self, query: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
+        Box::pin(async move {
+            let limit = api::limit(query).map_err(NoAnswer::Question)?;
+            let journal = Arc::clone(&self.journal);
+            let told = tokio::task::spawn_blocking(move || json(&api::connections(&journal, limit)));
+            told.await.map_err(|_| SHUTTING_DOWN)?
+        })
+    }
+
+    fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()] {
+        self.journal.metrics().accept_errors("web")
+    }
+}
