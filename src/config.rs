@@ -463,8 +463,13 @@ mod tests {
             for arg in command.get_arguments().filter(|arg| arg.get_long().is_some()) {
                 let long = arg.get_long().unwrap_or_default();
                 if !matches!(long, "help" | "version") {
-                    // Beside a service called echoscope, Kubernetes sets ECHOSCOPE_PORT itself, to something else.
-                    let long = if long == "port" { "watch-port" } else { long };
+                    // Lists are called so; and what ends with _PORT, Kubernetes itself sets beside a service of that name.
+                    let long = match long {
+                        "port" => "watch-ports",
+                        "ignore-port" => "ignore-ports",
+                        "remote-port" => "remote-ports",
+                        other => other,
+                    };
                     let expected = format!("ECHOSCOPE_{}", long.replace(['-', '.'], "_").to_uppercase());
                     assert_eq!(arg.get_env().and_then(|env| env.to_str()), Some(expected.as_str()), "--{long}");
                 }

@@ -17,7 +17,7 @@ use crate::ledger::Reason;
 use crate::scope::Scope;
 use crate::tcp::{Role, State, Transition};
 use maker::{Maker, opts};
-pub use survey::{ServiceRow, SurveyMetrics};
+pub use survey::{ServiceRow, SurveyMetrics, TOLD};
 use table::ObserverFamilies;
 pub use table::{ObserverMetrics, TableGauges};
 use transitions::Transitions;

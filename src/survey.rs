@@ -38,11 +38,20 @@ pub struct Selection {
     pub ignore: Vec<u16>,
     /// The remote ports that are told apart; all others are told together.
     pub remote: Vec<u16>,
+    /// Where we ourselves are asked: neither that listener nor who asks it from this host is told of.
+    pub own: Option<u16>,
 }
 
 impl Selection {
+    /// Whether somebody on this host asks us: a healthcheck.
+    fn is_own(&self, flow: &Flow) -> bool {
+        let peer = flow.canonical().peer;
+        self.own == Some(peer.port()) && (peer.ip().is_loopback() || peer.ip() == flow.canonical().local.ip())
+    }
+
     fn takes(&self, service: Service) -> bool {
         match (service.role, service.port) {
+            (_, Port::Number(port)) if self.own == Some(port) && !self.remote.contains(&port) => false,
             (Role::Server, Port::Number(port)) => {
                 (self.only.is_empty() || self.only.contains(&port)) && !self.ignore.contains(&port)
             }
@@ -105,14 +114,10 @@ pub struct Sight {
 }
 
 impl Sight {
-    fn add(&mut self, state: State, age: Duration, at_least: bool) {
+    pub(crate) fn add(&mut self, state: State, age: Duration, at_least: bool) {
         self.counts[state as usize] += 1;
         let oldest = &mut self.oldest[state as usize];
         *oldest = (*oldest).max((age, at_least));
-    }
-
-    fn is_empty(&self) -> bool {
-        self.counts.iter().all(|count| *count == 0)
     }
 
     /// How many sockets are in `state`; for LISTEN, whether somebody listens.
@@ -201,7 +206,7 @@ impl Survey {
             interval,
             events: None,
             last: None,
-            opens_before: opens().unwrap_or(u64::MAX),
+            opens: None,
             lost: false,
             warned: OnceAMinute::default(),
         };
@@ -233,8 +238,8 @@ struct Surveyor {
     interval: Duration,
     events: Option<DestroyEvents>,
     last: Option<(Instant, Option<Arc<Reading>>)>,
-    /// The kernel's count of opens when the survey began.
-    opens_before: u64,
+    /// The kernel's count of opens after the first reading, and after the last one.
+    opens: Option<(u64, u64)>,
     /// Events were lost since then.
     lost: bool,
     warned: OnceAMinute,
@@ -328,7 +333,6 @@ impl Surveyor {
         if interrupted {
             // Rows may be missing: nobody is gone for that, so they are looked for once more.
             self.metrics.observer().interrupted.inc();
-            tracker.again();
             self.table.each(&Wanted::new(StateSet::of(&State::ALL), &[], &[]), |row| tracker.row(row))?;
         }
         if tracker.wants_ages() {
@@ -352,13 +356,18 @@ impl Surveyor {
         })
     }
 
-    /// After a loss the kernel's own count of opens says how many connections nobody has told us of.
+    /// After a loss, and where there are no events, the kernel's own count of opens says how many connections nobody has
+    /// told us of.
     fn count_missed(&mut self) {
-        let (Ok(opens), true) = (opens(), self.lost) else { return };
-        let missing = opens.saturating_sub(self.opens_before).saturating_sub(self.tracker.opened());
-        // What is under way between the kernel's count and ours comes with the next reading.
-        let more = missing.saturating_sub(self.metrics.missed.get());
-        self.metrics.missed.inc_by(more);
+        let Ok(now) = opens() else { return };
+        let (first, last) = self.opens.unwrap_or((now, now));
+        self.opens = Some((first, now));
+        if self.lost || self.events.is_none() {
+            // Of those that were opened since the last reading, the kernel's word may still be on its way: they are asked
+            // for at the next one. A counter takes nothing back.
+            let missing = last.saturating_sub(first).saturating_sub(self.tracker.opened());
+            self.metrics.missed.inc_by(missing.saturating_sub(self.metrics.missed.get()));
+        }
     }
 
     fn failed(&mut self, error: &TableError) {

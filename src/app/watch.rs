@@ -23,15 +23,15 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
     let serves = config.mode == WatchMode::Serve;
     let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
-    let WatchConfig { only, mut ignore, remote, interval, warn, crit, .. } = config;
-    ignore.extend(web.as_ref().map(|bound| bound.address().port()));
+    let WatchConfig { only, ignore, remote, interval, warn, crit, .. } = config;
+    let own = web.as_ref().map(|bound| bound.address().port());
     let (table, refused) = Table::open(common.observer).context("read the kernel's socket table")?;
     let observer = table.observer();
     if let Some(error) = refused {
         tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their addresses only");
     }
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
-    let survey = Survey::start(Selection { only, ignore, remote }, table, Arc::clone(&metrics), interval)
+    let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;
     let readiness = Readiness::new(metrics.ready.clone());
     let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));

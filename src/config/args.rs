@@ -90,14 +90,13 @@ pub(super) enum Command {
 #[derive(Debug, Args)]
 pub(super) struct WatchArgs {
     /// Only these listening ports [default: every one]; the web side's own is left out.
-    // Not ECHOSCOPE_PORT: Kubernetes sets that itself beside a service of this name.
-    #[arg(long = "port", env = "ECHOSCOPE_WATCH_PORT", value_name = "PORT", value_delimiter = ',')]
+    #[arg(long = "port", env = "ECHOSCOPE_WATCH_PORTS", value_name = "PORT", value_delimiter = ',')]
     pub(super) ports: Vec<u16>,
     /// Not these listening ports.
-    #[arg(long = "ignore-port", env = "ECHOSCOPE_IGNORE_PORT", value_name = "PORT", value_delimiter = ',')]
+    #[arg(long = "ignore-port", env = "ECHOSCOPE_IGNORE_PORTS", value_name = "PORT", value_delimiter = ',')]
     pub(super) ignore_ports: Vec<u16>,
     /// Tell connections going out to this remote port apart; all others are counted together, as port other.
-    #[arg(long = "remote-port", env = "ECHOSCOPE_REMOTE_PORT", value_name = "PORT", value_delimiter = ',')]
+    #[arg(long = "remote-port", env = "ECHOSCOPE_REMOTE_PORTS", value_name = "PORT", value_delimiter = ',')]
     pub(super) remote_ports: Vec<u16>,
     /// How often the table is read.
     #[arg(long, env = "ECHOSCOPE_INTERVAL", default_value = "1s", value_name = "DURATION")]

@@ -1,7 +1,7 @@
 //! What the survey exports: the same names as of one's own connections, where they mean the same.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use prometheus::{Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
@@ -10,6 +10,10 @@ use super::maker::Maker;
 use super::table::ObserverFamilies;
 use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges};
 use crate::kernel::Observer;
+use crate::tcp::State;
+
+/// The states whose stays are told: those that pile up.
+pub const TOLD: [State; 3] = [State::CloseWait, State::FinWait2, State::TimeWait];
 
 /// Every metric of a process that watches others.
 pub struct SurveyMetrics {
@@ -97,8 +101,14 @@ impl SurveyMetrics {
     }
 
     /// A stay of somebody's connection has ended.
-    pub fn stay(&self, role: &str, port: &str, state: &str, time: Duration) {
+    pub fn stay(&self, role: &'static str, port: &str, state: &str, time: Duration) {
+        // Also of a service that is gone before anybody scrapes.
+        self.known().insert((role, port.to_owned()));
         self.stay.with_label_values(&[role, port, state]).observe(time.as_secs_f64());
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeSet<(&'static str, String)>> {
+        self.scrape.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the survey reports of itself.
@@ -114,7 +124,7 @@ impl SurveyMetrics {
     /// When the text cannot be encoded.
     pub fn render(&self, services: &[ServiceRow], fill: impl FnOnce(&TableGauges)) -> prometheus::Result<Vec<u8>> {
         let families = {
-            let mut known = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut known = self.known();
             self.table.clear();
             self.listener.reset();
             let now: BTreeSet<_> = services.iter().map(|s| (s.role, s.port.clone())).collect();
@@ -122,7 +132,7 @@ impl SurveyMetrics {
                 let labels: [&str; 2] = [role, port];
                 let _ = self.opened.remove_label_values(&labels);
                 let _ = self.closed.remove_label_values(&labels);
-                for state in crate::tcp::State::ALL {
+                for state in State::ALL {
                     let _ = self.stay.remove_label_values(&[role, port.as_str(), state.label()]);
                 }
             }
@@ -130,6 +140,10 @@ impl SurveyMetrics {
                 for (counter, total) in [(&self.opened, totals.0), (&self.closed, totals.1)] {
                     let counter = counter.with_label_values(&[*role, port.as_str()]);
                     counter.inc_by(total.saturating_sub(counter.get()));
+                }
+                // Present at zero: an increase from nothing is none.
+                for state in TOLD {
+                    let _ = self.stay.with_label_values(&[*role, port.as_str(), state.label()]);
                 }
                 if let Some(process) = process {
                     self.listener.with_label_values(&[port.as_str(), process.as_str()]).set(1);

@@ -90,9 +90,10 @@ fn queue(service: Service, sight: &Sight, owners: &Owners) -> Option<Finding> {
         _ => return None,
     };
     let text = format!(
-        "{}: {} connections wait to be accepted, {limit} may: the application accepts too slowly{}",
+        "{}: {} {} to be accepted, {limit} may: the application accepts too slowly{}",
         Name(service, sight, owners),
         queue.length,
+        if queue.length == 1 { "connection waits" } else { "connections wait" },
         if severity == Severity::Critical { ", and the kernel drops handshakes" } else { "" },
     );
     Some(Finding { severity, text })
@@ -134,6 +135,134 @@ impl fmt::Display for Age {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::Observer;
+    use crate::kernel::owners::Owner;
+    use crate::survey::Queue;
+    use Severity::{Critical, Warning};
+
+    const THRESHOLDS: Thresholds = Thresholds { warn: Duration::from_mins(1), crit: Duration::from_mins(15) };
+    const SERVER: Service = Service { role: Role::Server, port: Port::Number(8080) };
+
+    /// CLOSE_WAIT of these ages, and whether they may be older.
+    fn leaking(ages: &[(u64, bool)]) -> Sight {
+        let mut sight = Sight::default();
+        for (seconds, at_least) in ages {
+            sight.add(State::CloseWait, Duration::from_secs(*seconds), *at_least);
+        }
+        sight
+    }
+
+    fn listening(mut sight: Sight, queue: Queue) -> Sight {
+        sight.queue = Some(queue);
+        sight
+    }
+
+    fn waiting(length: u32, limit: Option<u32>) -> Sight {
+        listening(Sight::default(), Queue { length, limit, inode: 7 })
+    }
+
+    fn reading(services: &[(Service, &Sight)]) -> Reading {
+        Reading {
+            services: services.iter().map(|(service, sight)| (*service, (*sight).clone())).collect(),
+            fullest: Vec::new(),
+            ports_limit: Some(100),
+            observer: Observer::SockDiag,
+            at: Duration::ZERO,
+            took: Duration::ZERO,
+        }
+    }
+
+    fn told(reading: &Reading) -> Vec<(Severity, String)> {
+        let owner = Owner { pid: 1, fd: 3, name: "leaky".into(), command: "leaky --now".into() };
+        let found = findings(reading, &Owners::from([(7, owner)]), THRESHOLDS);
+        found.into_iter().map(|finding| (finding.severity, finding.text)).collect()
+    }
+
+    fn of(sight: &Sight) -> Vec<(Severity, String)> {
+        told(&reading(&[(SERVER, sight)]))
+    }
+
+    #[test]
+    fn a_leak_is_as_bad_as_its_oldest() {
+        let said =
+            |age: &str| format!("port 8080: 2 CLOSE_WAIT, oldest {age}: the application got FIN and never closed");
+        assert_eq!(of(&leaking(&[])), []);
+        assert_eq!(of(&leaking(&[(59, false), (3, false)])), []);
+        assert_eq!(of(&leaking(&[(60, false), (3, false)])), [(Warning, said("1 min 0 s"))]);
+        assert_eq!(of(&leaking(&[(3, false), (899, false)])), [(Warning, said("14 min 59 s"))]);
+        assert_eq!(of(&leaking(&[(900, false), (3, false)])), [(Critical, said("15 min 0 s"))]);
+        assert_eq!(of(&leaking(&[(11_520, true), (3, false)])), [(Critical, said("at least 3 h 12 min"))]);
+        // Other states grow old in peace.
+        let mut idle = Sight::default();
+        idle.add(State::Established, Duration::from_hours(999), true);
+        assert_eq!(of(&idle), []);
+    }
+
+    #[test]
+    fn a_service_is_called_by_its_name() {
+        let leak = leaking(&[(60, false)]);
+        let said = |service: Service, sight: &Sight| {
+            let told = told(&reading(&[(service, sight)])).remove(0).1;
+            told.split_once(": ").unwrap().0.to_owned()
+        };
+        let owned = listening(leak.clone(), Queue { inode: 7, ..Queue::default() });
+        let strange = listening(leak.clone(), Queue { inode: 8, ..Queue::default() });
+        let client = |port| Service { role: Role::Client, port };
+        assert_eq!(said(SERVER, &owned), "port 8080 (leaky)");
+        assert_eq!(said(SERVER, &strange), "port 8080");
+        assert_eq!(said(client(Port::Number(443)), &leak), "connections to port 443");
+        assert_eq!(said(client(Port::Other), &leak), "connections going out");
+    }
+
+    #[test]
+    fn a_queue_that_is_more_than_half_full_is_slow_and_one_over_its_limit_drops() {
+        let slow = |what: &str| format!("port 8080 (leaky): {what} may: the application accepts too slowly");
+        for (length, limit) in [(0, Some(0)), (0, Some(9)), (1, Some(2)), (64, Some(128)), (9999, None)] {
+            assert_eq!(of(&waiting(length, limit)), [], "{length} {limit:?}");
+        }
+        assert_eq!(of(&waiting(65, Some(128))), [(Warning, slow("65 connections wait to be accepted, 128"))]);
+        assert_eq!(of(&waiting(128, Some(128))), [(Warning, slow("128 connections wait to be accepted, 128"))]);
+        let drops = |what: &str| (Critical, slow(what) + ", and the kernel drops handshakes");
+        assert_eq!(of(&waiting(129, Some(128))), [drops("129 connections wait to be accepted, 128")]);
+        assert_eq!(of(&waiting(1, Some(0))), [drops("1 connection waits to be accepted, 0")]);
+        assert_eq!(of(&waiting(u32::MAX, Some(u32::MAX)))[0].0, Warning);
+    }
+
+    #[test]
+    fn local_ports_run_out() {
+        let taken = |used, limit| {
+            let mut reading = reading(&[]);
+            reading.fullest = vec![
+                ("10.0.0.1".parse().unwrap(), "10.0.0.2:443".parse().unwrap(), used),
+                ("10.0.0.1".parse().unwrap(), "10.0.0.3:443".parse().unwrap(), 1),
+            ];
+            reading.ports_limit = limit;
+            told(&reading)
+        };
+        let said = |used: u32| {
+            format!("{used} of 100 local ports are taken from 10.0.0.1 to 10.0.0.2:443: soon nothing can connect there")
+        };
+        assert_eq!(taken(79, Some(100)), []);
+        assert_eq!(taken(80, Some(100)), [(Warning, said(80))]);
+        assert_eq!(taken(94, Some(100)), [(Warning, said(94))]);
+        assert_eq!(taken(95, Some(100)), [(Critical, said(95))]);
+        assert_eq!(taken(120, Some(100)), [(Critical, said(120))]);
+        assert_eq!(taken(99, None), [], "the limit is not known");
+        assert_eq!(taken(99, Some(0)), []);
+    }
+
+    #[test]
+    fn the_worst_comes_first() {
+        let (old, older) = (leaking(&[(60, false)]), leaking(&[(901, true)]));
+        let port = |port| Service { role: Role::Server, port: Port::Number(port) };
+        let mut reading = reading(&[(port(1), &old), (port(2), &waiting(65, Some(128))), (port(3), &older)]);
+        reading.fullest = vec![("10.0.0.1".parse().unwrap(), "10.0.0.2:443".parse().unwrap(), 95)];
+        let told = told(&reading);
+        let begin: Vec<_> = told.iter().map(|(severity, text)| (*severity, &text[..6])).collect();
+        assert_eq!(begin, [(Critical, "port 3"), (Critical, "95 of "), (Warning, "port 1"), (Warning, "port 2")]);
+        assert!(Critical > Warning && Warning > Severity::Ok);
+        assert_eq!([Severity::Ok, Warning, Critical].map(|severity| severity as u8), [0, 1, 2]);
+    }
 
     #[test]
     fn ages_read_as_people_say_them() {

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::process::Command;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -15,7 +14,8 @@ use echoscope::tcp::State;
 use serde_json::Value;
 use socket2::{Domain, SockFilter, SockRef, Socket, Type};
 
-use crate::support::{Echoscope, Metrics, PATIENCE, command, get, lives, until, walk};
+use crate::confined::command_without_capabilities;
+use crate::support::{Echoscope, Metrics, PATIENCE, get, lives, until, walk};
 
 const STOPPING: &str = "stopping; a second signal ends it at once";
 const CLEAN: &str = "drained: nothing was cut short";
@@ -642,15 +642,9 @@ fn scraped(server: Echoscope) -> Echoscope {
 
 /// What the server does by CAP_NET_ADMIN it must do without it too, as well as it can: also when the tests run as root.
 fn server_without_capabilities(arguments: &[&str]) -> Echoscope {
-    let status = std::fs::read_to_string("/proc/self/status").expect("read status");
-    if status.lines().any(|line| line.starts_with("CapEff:") && line.ends_with("\t0000000000000000")) {
-        return server(arguments);
-    }
-    let plain = command();
-    let mut confined = Command::new("setpriv");
-    confined.env_clear().args(["--bounding-set=-all", "--inh-caps=-all"]).arg(plain.get_program());
-    confined.args(plain.get_args()).args(["--web.listen-address", "127.0.0.1:0"]);
-    scraped(Echoscope::spawn(confined.args(with_server(arguments))))
+    let mut command = command_without_capabilities();
+    command.args(["--web.listen-address", "127.0.0.1:0"]).args(with_server(arguments));
+    scraped(Echoscope::spawn(&mut command))
 }
 
 fn with_server<'a>(arguments: &[&'a str]) -> Vec<&'a str> {

@@ -2,31 +2,15 @@
 
 use std::process::Command;
 
-use seccompiler::{
-    SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, apply_filter,
-};
+use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
+use crate::confined::spawn_refusing;
 use crate::support::{Echoscope, command, lives, until, walk};
 
-/// Starts `command` where socket(AF_NETLINK) gives EPERM. The filter is inherited by what its thread starts, and by
-/// nothing else.
-fn without_netlink(mut command: Command) -> Echoscope {
-    std::thread::spawn(move || {
-        let netlink =
-            SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_NETLINK as u64).unwrap();
-        let filter = SeccompFilter::new(
-            [(libc::SYS_socket, vec![SeccompRule::new(vec![netlink]).unwrap()])].into(),
-            SeccompAction::Allow,
-            SeccompAction::Errno(libc::EPERM as u32),
-            std::env::consts::ARCH.try_into().unwrap(),
-        )
-        .unwrap();
-        let program: seccompiler::BpfProgram = filter.try_into().unwrap();
-        apply_filter(&program).unwrap();
-        Echoscope::spawn(&mut command)
-    })
-    .join()
-    .unwrap()
+/// Starts `command` where socket(AF_NETLINK) gives EPERM.
+pub fn without_netlink(command: Command) -> Echoscope {
+    let netlink = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_NETLINK as u64).unwrap();
+    spawn_refusing(command, libc::SYS_socket, vec![SeccompRule::new(vec![netlink]).unwrap()])
 }
 
 #[test]

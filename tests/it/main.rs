@@ -2,14 +2,19 @@
 
 mod bad_input;
 mod census;
+mod confined;
 mod dashboards;
 mod drain;
 mod explain;
 mod fallback;
 mod floors;
 mod kernel_events;
+mod lab;
+mod lab_events;
 mod losses;
 mod modes;
 mod pair;
 mod support;
+mod trace;
+mod watch;
 mod web;

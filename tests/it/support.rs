@@ -176,9 +176,10 @@ impl Echoscope {
             assert!(Instant::now() < deadline, "still running after {patience:?}");
             std::thread::sleep(Duration::from_millis(100));
         };
-        assert_eq!(status.code(), Some(0));
+        let stdout = reader.join().expect("stdout").expect("stdout is text");
+        assert_eq!(status.code(), Some(0), "{stdout}");
         until("the end of the log", || self.log.lines.lock().unwrap().1.then_some(()));
-        (reader.join().expect("stdout").expect("stdout is text"), self.lines())
+        (stdout, self.lines())
     }
 
     /// `/metrics`, parsed.

@@ -1,0 +1,168 @@
+//! The lab's log held against the kernel's own events: whatever it tells was done, and what it does not know is what nobody
+//! can know without privilege (docs/evidence.md).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use echoscope::lab;
+use echoscope::tcp::State;
+use serde_json::Value;
+
+use crate::support::Echoscope;
+use crate::trace::{Told, Trace, Walk, held_against, paired, told};
+
+/// Why something cannot be known, as docs/evidence.md has it, or need not be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Why {
+    /// A short SYN_RECV, and how it ended. A request socket's beginning is seen, when it lasts; its end is that the
+    /// table has it no more, and it may have become a connection that ended at once.
+    ShortSynRecv,
+    /// Why an orphan died: its FIN may have been acknowledged, the peer's may have come, and nobody asked in between.
+    /// After our own RST too: the peer's FIN may have come in the instant before.
+    OrphansEnd,
+    /// CLOSING or FIN_WAIT2, when the other end's CLOSE_WAIT was not seen and the count of segments proves nothing.
+    ClosingOrFinWait2,
+    /// Nothing was sent: connect(2) enters SYN_SENT before it looks for a port, and finds none.
+    NoSegment,
+}
+use Why::{ClosingOrFinWait2, NoSegment, OrphansEnd, ShortSynRecv};
+
+/// All that the log does not know of what the kernel did, each in every run: unknown ways as `FROM … TO`.
+const UNKNOWN: &[(&str, &str, Why)] = &[
+    (
+        "syn-sent-stuck",
+        "server is not announced: LISTEN → SYN_RECV [sock_diag] … CLOSED [sock_diag, via unknown]",
+        ShortSynRecv,
+    ),
+    ("syn-recv-stuck", "server ESTABLISHED … CLOSED", OrphansEnd),
+    ("syn-recv-stuck", "client FIN_WAIT1 … TIME_WAIT", ClosingOrFinWait2),
+    ("fin-wait1-stuck", "server ESTABLISHED … CLOSED", OrphansEnd),
+    // A minisocket in FIN_WAIT2: its timer ran out, or the FIN came and TIME_WAIT was killed.
+    ("fin-wait2-orphan", "client FIN_WAIT2 … CLOSED", OrphansEnd),
+    ("simultaneous-open", "client ESTABLISHED … CLOSED", OrphansEnd),
+    // Closed in SYN_RECV: the SYN+ACK may have come in the instant before.
+    ("simultaneous-open", "client SYN_RECV … FIN_WAIT1", ShortSynRecv),
+    ("simultaneous-open", "client FIN_WAIT1 … CLOSED", OrphansEnd),
+    // A connection to itself is a simultaneous open.
+    ("simultaneous-close", "client SYN_SENT … ESTABLISHED", ShortSynRecv),
+    ("port-exhaustion", "is not told: CLOSED → SYN_SENT → CLOSED", NoSegment),
+    ("time-wait-reuse", "client ESTABLISHED … CLOSED", OrphansEnd),
+    ("reset-by-linger", "client ESTABLISHED … CLOSED", OrphansEnd),
+    ("reset-by-unread-data", "server ESTABLISHED … CLOSED", OrphansEnd),
+    ("accept-queue-overflow", "client ESTABLISHED … CLOSED", OrphansEnd),
+    ("retransmission-timeout", "server ESTABLISHED … CLOSED", OrphansEnd),
+    ("keepalive-death", "server ESTABLISHED … CLOSED", OrphansEnd),
+    ("slow-reader", "client ESTABLISHED … CLOSED", OrphansEnd),
+];
+
+/// The first scenario's port; the others follow in their order.
+const FIRST_PORT: u16 = 7101;
+
+/// One socket's life: as the log tells it, and as the kernel announced it.
+type Pair = (Option<Told>, Option<Walk>);
+
+#[test]
+#[ignore = "needs root: tracefs"]
+fn whatever_the_lab_tells_was_done() {
+    let stages = FIRST_PORT..=FIRST_PORT + lab::ALL.len() as u16 - 1;
+    let trace = Trace::start(stages);
+    let lab = Echoscope::start(&["lab", "all", "--output", "json"]);
+    let says = |what: &'static str| move |line: &Value| line["message"].as_str().is_some_and(|m| m.starts_with(what));
+    lab.line("playing", says("playing in"));
+    let threads = fs::read_dir(format!("/proc/{}/task", lab.pid())).expect("list threads").flatten();
+    let threads: BTreeSet<u32> = threads.map(|t| t.file_name().to_str().unwrap().parse().unwrap()).collect();
+    // What is left is the end of a TIME_WAIT, which the kernel does not announce.
+    lab.line("all played", says("waiting for TIME_WAIT"));
+    lab.signal("INT");
+    let (_, verdict, lines) = lab.wait();
+    let verdict: Value = serde_json::from_str(&verdict).expect("a verdict");
+    let failed: Vec<_> = verdict["scenarios"].as_array().unwrap().iter().filter(|s| !s["error"].is_null()).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+
+    let walks = of_process(&threads, trace.walks());
+    let requests = trace.requests();
+    assert_eq!(trace.lost(), 0, "the kernel's events are not all there");
+    let mut by_scenario: BTreeMap<&str, Vec<Pair>> = BTreeMap::new();
+    for pair in paired(told(&lines), walks) {
+        let name = scenario(ports(&pair)).unwrap_or_else(|| panic!("of no scenario:\n{}", side_by_side(&pair)));
+        by_scenario.entry(name).or_default().push(pair);
+    }
+    let mut faults = String::new();
+    for scenario in lab::ALL {
+        let name = scenario.about().name;
+        let pairs = by_scenario.remove(name).unwrap_or_default();
+        let known: BTreeSet<&str> = UNKNOWN.iter().filter(|row| row.0 == name).map(|row| row.1).collect();
+        faults +=
+            &faults_of(&pairs, &known, &requests).map_or_else(|fault| format!("{name}: {fault}\n"), |()| String::new());
+    }
+    assert!(faults.is_empty(), "{faults}");
+}
+
+/// # Errors
+/// What is wrong with these lives: told and not done, or unknown and not `known` to be so.
+fn faults_of(pairs: &[Pair], known: &BTreeSet<&str>, requests: &[(u16, u16)]) -> Result<(), String> {
+    if pairs.is_empty() {
+        return Err("nothing was told or announced".to_owned());
+    }
+    let mut found = BTreeMap::new();
+    for pair in pairs {
+        let missed = match pair {
+            (Some(told), Some(walk)) => {
+                let missed = held_against(told, walk).map_err(|fault| format!("{fault}\n{}", side_by_side(pair)))?;
+                missed.into_iter().map(|missed| format!("{} {missed}", told.role)).collect()
+            }
+            // A request that never became a connection is not among the changes of state, but its SYN+ACK was repeated.
+            (Some(told), None) if requests.contains(&told.ports) => {
+                vec![format!("{} is not announced: {told}", told.role)]
+            }
+            (Some(_), None) => return Err(format!("it was never there\n{}", side_by_side(pair))),
+            (None, Some(walk)) => vec![format!("is not told: {walk}")],
+            (None, None) => vec![],
+        };
+        found.extend(missed.into_iter().map(|missed| (missed, pair)));
+    }
+    let more = found.iter().find(|(missed, _)| !known.contains(missed.as_str()));
+    if let Some((missed, pair)) = more {
+        return Err(format!("the log does not know, and could: {missed}\n{}", side_by_side(pair)));
+    }
+    match known.iter().find(|missed| !found.contains_key(**missed)) {
+        Some(missed) => {
+            let all: String = pairs.iter().map(side_by_side).collect();
+            Err(format!("is known now, and said to be unknown: {missed}\n{all}"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The lives of one process's sockets: what its threads connected or listened on, and what came to its listeners. The
+/// events are the whole machine's, where another lab may play on the same ports.
+fn of_process(threads: &BTreeSet<u32>, walks: Vec<Walk>) -> Vec<Walk> {
+    let called = |walk: &Walk| walk.steps[0].from == State::Close;
+    let on_stage = walks.into_iter().filter(|walk| scenario(walk.ports).is_some());
+    let (mut ours, others): (Vec<_>, Vec<_>) = on_stage.partition(|walk| called(walk) && threads.contains(&walk.task));
+    let came_to_us = |child: &Walk| {
+        let other_end = (child.ports.1, child.ports.0);
+        ours.iter().any(|walk| walk.ports == other_end && (walk.began()..=walk.last().at).contains(&child.began()))
+    };
+    let children: Vec<_> = others.into_iter().filter(|walk| !called(walk) && came_to_us(walk)).collect();
+    ours.extend(children);
+    ours.sort_by_key(Walk::began);
+    ours
+}
+
+/// Whose stage has one of these ports: they follow each other as the scenarios do.
+fn scenario(ports: (u16, u16)) -> Option<&'static str> {
+    let of = |port: u16| lab::ALL.get(usize::from(port.checked_sub(FIRST_PORT)?));
+    [ports.1, ports.0].into_iter().find_map(of).map(|scenario| scenario.about().name)
+}
+
+fn ports(pair: &Pair) -> (u16, u16) {
+    pair.0.as_ref().map(|told| told.ports).or(pair.1.as_ref().map(|walk| walk.ports)).expect("one of them")
+}
+
+fn side_by_side(pair: &Pair) -> String {
+    let told = pair.0.as_ref().map_or("nothing".to_owned(), |told| format!("{} {}: {told}", told.role, told.conn));
+    let done = pair.1.as_ref().map_or("nothing that was announced".to_owned(), Walk::to_string);
+    let (own, other) = ports(pair);
+    format!("  {own} → {other}\n    told  {told}\n    done  {done}\n")
+}
