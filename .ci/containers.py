@@ -4,12 +4,14 @@ Grafana is left out: what it would ask Prometheus, this asks.
 """
 
 import contextlib
+import http.client
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,26 +22,28 @@ import urllib.request
 PROJECT = f"echoscope-ci-{os.getpid()}"
 IMAGE = f"echoscope:ci-{os.getpid()}"
 # Beside whatever stack runs on this machine.
-PORTS = {"ECHO_PORT": "37007", "SERVER_WEB_PORT": "39907", "CLIENT_WEB_PORT": "39908", "PROMETHEUS_PORT": "39090", "GRAFANA_PORT": "33000"}
+PORTS = {"ECHO_PORT": "37007", "SERVER_WEB_PORT": "39907", "CLIENT_WEB_PORT": "39908", "WATCH_WEB_PORT": "39917", "PROMETHEUS_PORT": "39090", "GRAFANA_PORT": "33000"}
 ENV = os.environ | PORTS | {"ECHOSCOPE_IMAGE": IMAGE, "COMPOSE_PROJECT_NAME": PROJECT}
 PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
 COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
-CORE = ["server", "client", "prometheus"]
-# Each profile: its services, which alerts it must fire at which instance within how many seconds, and which figures
-# turn red.
+CORE = ["server", "client", "watch", "prometheus"]
+# Each profile: its services, which alerts it must fire at which instance within how many seconds, and which figures of
+# which instances turn red.
 TROUBLE = {
-    "leak": (["leaky", "leaked"], [("EchoscopeCloseWaitLeak", "leaky:9907", 240)], ["CLOSE_WAIT", "Oldest CLOSE_WAIT"]),
+    "leak": (["leaky", "leaked"], [("EchoscopeCloseWaitLeak", "leaky:9907", 240)], ("leaky:9907", ["CLOSE_WAIT", "Oldest CLOSE_WAIT", "Alerts firing"])),
     "churn": (
         ["churned", "churn"],
         [("EchoscopeLocalPortsWillRunOut", "churn:9907", 90), ("EchoscopeLocalPortsExhausted", "churn:9907", 180)],
-        ["Local ports used"],
+        ("churn:9907", ["Local ports used", "Alerts firing"]),
     ),
     "flaky": (
         ["flaky"],
         [("EchoscopeEchoFailing", "flaky:9907", 150), ("EchoscopeConnectionsReset", "server:9907", 180)],
-        ["Success", "Alerts firing"],
+        ("flaky:9907", ["Success", "Alerts firing"]),
     ),
 }
+# What else these must lead to, and nothing besides: without ports an echo fails too.
+ALSO = {("EchoscopeEchoFailing", "churn:9907")}
 RESOLVED_WITHIN = 300
 
 
@@ -52,7 +56,7 @@ def fail(*words):
 
 
 def run(*command, check=True):
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=1200)
     if check and done.returncode:
         fail(*command, "failed:", done.stdout[-2000:], done.stderr[-4000:])
     return done.stdout
@@ -79,8 +83,8 @@ def await_that(what, seconds, look):
     while True:
         try:
             complaint = look()
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            complaint = error
+        except (urllib.error.URLError, http.client.HTTPException, json.JSONDecodeError, ConnectionError, TimeoutError) as error:
+            complaint = f"{error}: {error.read().decode()}" if isinstance(error, urllib.error.HTTPError) else error
         took = time.monotonic() - began
         if not complaint:
             return took
@@ -139,7 +143,7 @@ def start():
     began = time.monotonic()
     compose("up", "-d", *CORE)
     await_that("health", 60, lambda: healthy(CORE))
-    await_that("the first scrapes", 60, lambda: unscraped(["server:9907", "client:9907"]))
+    await_that("the first scrapes", 60, lambda: unscraped(["server:9907", "client:9907", "watch:9917"]))
     took = time.monotonic() - began
     say(f"all healthy and scraped {took:.1f} s after up")
     if took > 30:
@@ -176,8 +180,16 @@ def hardened(service):
 # The dashboards
 
 
-def substituted(expr):
-    for variable, value in {"$job": ".*", "$instance": ".*", "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}.items():
+def jobs_of(dashboard):
+    """The jobs that the dashboard's own variable offers: "All" is these, not whatever else Prometheus scrapes."""
+    variable = next(v for v in dashboard["templating"]["list"] if v["name"] == "job")
+    metric = re.fullmatch(r"label_values\((.*), job\)", variable["query"]["query"])[1]
+    return sorted({series["job"] for series in ask("series", **{"match[]": metric, "start": time.time() - 30})})
+
+
+def substituted(expr, dashboard, instance=".*"):
+    values = {"$job": "|".join(jobs_of(dashboard)), "$instance": instance, "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}
+    for variable, value in values.items():
         expr = expr.replace(variable, value)
     if "$" in expr:
         fail("a variable that Grafana would not know:", expr)
@@ -194,17 +206,19 @@ def panels():
         rows = [p for p in dashboard["panels"] if p["type"] == "row"]
         for panel in dashboard["panels"] + [inner for row in rows for inner in row["panels"]]:
             if panel["type"] != "row":
-                yield f"{file}: {panel['title']}", panel
+                yield f"{file}: {panel['title']}", panel, dashboard
 
 
-def complaint_of(name, target):
+def complaint_of(name, target, dashboard):
     """What is wrong with the answer to a panel's query, if anything."""
-    result = ask("query", query=substituted(target["expr"]))["result"]
+    result = ask("query", query=substituted(target["expr"], dashboard))["result"]
     if not result:
         return f"{name}: no data: {target['expr']}"
     for series in result:
         if not math.isfinite(float(series["value"][1])):
             return f"{name}: {series}"
+        if series["metric"].get("job") not in [None, *jobs_of(dashboard)]:
+            return f"{name}: of another job: {series['metric']}"
         for label in re.findall(r"\{\{\s*(\w+)\s*\}\}", target["legendFormat"]):
             if not series["metric"].get(label):
                 return f"{name}: legend label {label} is not in {series['metric']}"
@@ -216,7 +230,7 @@ def complaints(queries):
 
 
 def every_panel():
-    queries = [(name, target) for name, panel in panels() for target in panel["targets"]]
+    queries = [(name, target, dashboard) for name, panel, dashboard in panels() for target in panel["targets"]]
     took = await_that("numbers in every panel", 120, lambda: complaints(queries)[:3])
     say(f"{len(queries)} queries of {len(list(panels()))} panels return numbers, their legends' labels exist ({took:.0f} s)")
     for _, dashboard in dashboards():
@@ -224,24 +238,24 @@ def every_panel():
             if variable["type"] != "query":
                 continue
             metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
-            series = ask("series", **{"match[]": substituted(metric)})
+            series = ask("series", **{"match[]": substituted(metric, dashboard)})
             if not {s.get(label) for s in series} - {None}:
                 fail(f"the variable {variable['name']} has no values")
 
 
-def figures():
-    """Every figure of the dashboards by its title, and the colour that its thresholds give it now."""
-    for name, panel in panels():
+def figures(instance):
+    """Every figure of the dashboards by its title, and the colour that its thresholds give it now, for these instances."""
+    for name, panel, dashboard in panels():
         steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
         if panel["type"] == "stat" and len(steps) > 1:
-            result = ask("query", query=substituted(panel["targets"][0]["expr"]))["result"]
+            result = ask("query", query=substituted(panel["targets"][0]["expr"], dashboard, instance))["result"]
             value = float(result[0]["value"][1]) if result else math.nan
             reached = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
             yield panel["title"], reached[-1]
 
 
-def red():
-    return {title for title, colour in figures() if colour == "red"}
+def red(instance=".*"):
+    return {title for title, colour in figures(instance) if colour == "red"}
 
 
 # The alerts
@@ -261,10 +275,14 @@ def trouble():
         left = max(1.0, began + seconds - time.monotonic())
         await_that(f"{alert} at {instance}", left, lambda: None if (alert, instance) in firing() else f"firing: {firing()}")
         say(f"{alert} fires at {instance}, {time.monotonic() - began:.0f} s after the trouble began")
-    for profile, (_, _, titles) in TROUBLE.items():
-        await_that(f"{profile} to turn the dashboard red", 30, lambda: set(titles) - red())
+    for profile, (_, _, (instance, titles)) in TROUBLE.items():
+        await_that(f"{profile} to turn the figures of {instance} red", 30, lambda: set(titles) - red(instance))
     say("the dashboards are red:", ", ".join(sorted(red())))
-    compose("rm", "-s", "-f", *services, profiles=TROUBLE)
+    if unexpected := firing() - {(alert, instance) for _, alerts, _ in TROUBLE.values() for alert, instance, _ in alerts} - ALSO:
+        fail("alerts that nothing led to:", unexpected)
+    # The leak's server first: it gives its connections an end, and none has to be reset.
+    compose("rm", "-s", "-f", *(s for s in services if s != "leaked"), profiles=TROUBLE)
+    compose("rm", "-s", "-f", "leaked", profiles=TROUBLE)
     took = await_that("all alerts to resolve", RESOLVED_WITHIN, lambda: firing() | red())
     say(f"all resolved, and no figure red, {took:.0f} s after the trouble ended")
 
@@ -272,16 +290,34 @@ def trouble():
 # The end
 
 
+def marks(expr, dashboard, since):
+    """The moments that Grafana would mark: of the values of an annotation's query those above zero."""
+    result = ask("query_range", query=substituted(expr, dashboard), start=since, end=time.time(), step=5)["result"]
+    return [value for series in result for value in series["values"] if float(value[1]) > 0]
+
+
+def ended_well(service, verdict):
+    code, log = inspect(service)["State"]["ExitCode"], compose("logs", "--tail=40", service)
+    if code or verdict not in log:
+        fail(service, "ended with", code, log)
+    return [json.loads(line[line.index("{") :]) for line in log.splitlines() if verdict in line][-1]
+
+
 def stop():
     before = time.time()
-    compose("stop", "client", "server")
-    for service, verdict in {"server": "drained: nothing was cut short", "client": None}.items():
-        code = inspect(service)["State"]["ExitCode"]
-        if code:
-            fail(service, "ended with", code, compose("logs", "--tail=20", service))
-        if verdict and verdict not in compose("logs", "--tail=20", service):
-            fail(service, "told no verdict")
-    say(f"stopped in {time.time() - before:.0f} s: drained, exit code 0")
+    compose("stop", "client")
+    ended_well("client", "drained: nothing was cut short")
+    compose("start", "client")
+    await_that("the client's health", 60, lambda: healthy(["client"]))
+    await_that("connections to drain", 60, lambda: None if ask("query", query='echoscope_connections_open{instance="server:9907"} > 0')["result"] else "none")
+    # The server alone: its connections are open, and their clients know of nothing. The watch lives in its network.
+    compose("stop", "watch")
+    compose("stop", "server")
+    verdict = ended_well("server", "drained: nothing was cut short")
+    if not verdict["open"]:
+        fail("the server had nothing to drain:", verdict)
+    ended_well("watch", "stopping")
+    say(f"server, client and watch stopped: exit code 0, {verdict['open']} connections drained in {verdict['seconds']:.2f} s")
     compose("up", "-d", *CORE)
     await_that("health after the restart", 60, lambda: healthy(CORE))
 
@@ -290,15 +326,27 @@ def stop():
             f"{file}: annotation {a['name']} marks nothing"
             for file, dashboard in dashboards()
             for a in dashboard["annotations"]["list"]
-            if "expr" in a and not ask("query_range", query=substituted(a["expr"]), start=before, end=time.time(), step=5)["result"]
+            if "expr" in a and not marks(a["expr"], dashboard, before)
         ]
 
     await_that("annotations of drain and restart", 60, unmarked)
     say("drain and restart are marked on every dashboard")
 
 
+def ours():
+    """What of this run is there now."""
+    kinds = (["ps", "-a"], ["network", "ls"], ["volume", "ls"])
+    left = [run("docker", *kind, "-q", "--filter", f"label=com.docker.compose.project={PROJECT}") for kind in kinds]
+    return " ".join([*left, run("docker", "image", "ls", "-q", IMAGE)]).split()
+
+
+def dangling():
+    return set(run("docker", "images", "-q", "--filter", "dangling=true").split())
+
+
 @contextlib.contextmanager
 def cleaned_up():
+    before = dangling()
     try:
         yield
     except BaseException:
@@ -307,22 +355,27 @@ def cleaned_up():
     finally:
         compose("down", "-v", "-t", "5", "--remove-orphans", profiles=TROUBLE, check=False)
         run("docker", "image", "rm", IMAGE, check=False)
-    for kind in (["ps", "-a"], ["network", "ls"], ["volume", "ls"]):
-        if left := run("docker", *kind, "-q", "--filter", f"label=com.docker.compose.project={PROJECT}"):
-            fail("left behind:", kind, left)
-    if left := run("docker", "image", "ls", "-q", IMAGE):
-        fail("left behind: image", left)
+        # The stage that the image was built in has no name with some builders; its layers stay in the cache otherwise.
+        for image in dangling() - before:
+            run("docker", "image", "rm", image, check=False)
+        if left := ours():
+            print("containers: left behind:", left, file=sys.stderr)
+    if left := ours():
+        fail("left behind:", left)
     say("nothing is left behind")
 
 
 def main():
+    # However it ends, what it started ends with it.
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda *_: sys.exit(143))
     with cleaned_up():
         compose("config", "-q", profiles=TROUBLE)
         image()
         start()
-        for service in ("server", "client"):
+        for service in ("server", "client", "watch"):
             hardened(service)
-        say("server and client: no root, no capability, no new privileges, seccomp, read-only, limited, on loopback only")
+        say("server, client and watch: no root, no capability, no new privileges, seccomp, read-only, limited, on loopback only")
         every_panel()
         trouble()
         stop()
