@@ -21,8 +21,8 @@ import urllib.request
 
 PROJECT = f"echoscope-ci-{os.getpid()}"
 IMAGE = f"echoscope:ci-{os.getpid()}"
-# Beside whatever stack runs on this machine.
-PORTS = {"ECHO_PORT": "37007", "SERVER_WEB_PORT": "39907", "CLIENT_WEB_PORT": "39908", "WATCH_WEB_PORT": "39917", "PROMETHEUS_PORT": "39090", "GRAFANA_PORT": "33000"}
+# Beside whatever stack runs on this machine, and below the ports that connect(2) chooses from.
+PORTS = {"ECHO_PORT": "27007", "SERVER_WEB_PORT": "29907", "CLIENT_WEB_PORT": "29908", "WATCH_WEB_PORT": "29917", "PROMETHEUS_PORT": "29090", "GRAFANA_PORT": "23000"}
 ENV = os.environ | PORTS | {"ECHOSCOPE_IMAGE": IMAGE, "COMPOSE_PROJECT_NAME": PROJECT}
 PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
 COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
