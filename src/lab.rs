@@ -10,6 +10,7 @@ mod scenarios;
 mod stage;
 mod verdict;
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -98,6 +99,9 @@ impl Plan {
                 scenarios.push(found.ok_or_else(|| name.clone())?);
             }
         }
+        // Each once, at its first mention: what one play leaves behind on its port (TIME_WAIT, lives) is not the next one's.
+        let mut mentioned = BTreeSet::new();
+        scenarios.retain(|index| mentioned.insert(*index));
         Ok(Plan { scenarios, hold })
     }
 
@@ -147,6 +151,9 @@ pub async fn run(plan: &Plan, afterlife: Afterlife, table: Table, stop: &Stop) -
         afterlife.all_seen().await;
         let mut verdict = Verdict::new(about, stage.address.port(), &stage::lock(&stage.facts), error);
         settle(&mut verdict, &afterlife, false, stage::PATIENCE).await;
+        if stop.has_begun() && verdicts.len() + 1 < plan.scenarios.len() {
+            verdict.error.get_or_insert_with(|| "interrupted".to_owned());
+        }
         verdict.took = began.elapsed();
         tracing::info!(target: STEPS, scenario = about.name, "{}", verdict.in_a_line());
         verdicts.push(verdict);
@@ -161,7 +168,11 @@ pub async fn run(plan: &Plan, afterlife: Afterlife, table: Table, stop: &Stop) -
     for verdict in &mut verdicts {
         tokio::select! {
             () = settle(verdict, &afterlife, true, A_MINUTE.saturating_sub(began.elapsed())) => {}
-            () = stop.begun() => {}
+            () = stop.begun() => {
+                if verdict.waits() {
+                    verdict.error.get_or_insert_with(|| "interrupted".to_owned());
+                }
+            }
         }
     }
     verdicts

@@ -86,6 +86,11 @@ impl Scope {
     #[must_use]
     pub fn service_of(&self, flow: &Flow) -> Option<usize> {
         let position = |role, port| self.services.binary_search(&(role, port)).ok();
-        position(Role::Server, flow.local.port()).or_else(|| position(Role::Client, flow.peer.port()))
+        let client = || position(Role::Client, flow.peer.port());
+        // A connection to itself was opened here, and nobody listens.
+        if flow.local == flow.peer {
+            return client().or_else(|| position(Role::Server, flow.local.port()));
+        }
+        position(Role::Server, flow.local.port()).or_else(client)
     }
 }

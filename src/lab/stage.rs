@@ -49,6 +49,12 @@ pub(super) struct Listening<'a> {
 }
 
 impl Stage {
+    /// How long anything may take on this stage. The kernel doubles the pause before each repeat: after a hold, the next
+    /// one may come as much later again, and the one after it twice as much.
+    fn patience(&self) -> Duration {
+        PATIENCE + self.hold * 2
+    }
+
     /// Tells what happens.
     pub(super) fn tell(&self, step: &str) {
         tracing::info!(target: STEPS, scenario = self.name, "{step}");
@@ -117,7 +123,7 @@ impl Stage {
     pub(super) async fn reach(&self, conn: &mut Conn, state: State) -> anyhow::Result<()> {
         let began = Instant::now();
         while conn.observe() != state {
-            if began.elapsed() > PATIENCE {
+            if began.elapsed() > self.patience() {
                 bail!("a connection stays in {} and does not enter {state}", conn.observe());
             }
             sleep(POLL).await;
@@ -143,8 +149,8 @@ impl Stage {
             if let Some(found) = found() {
                 return Ok(found);
             }
-            if began.elapsed() > PATIENCE {
-                bail!("waited {PATIENCE:?} for {what}");
+            if began.elapsed() > self.patience() {
+                bail!("waited {:?} for {what}", self.patience());
             }
             sleep(POLL).await;
         }
@@ -153,7 +159,7 @@ impl Stage {
     /// Sends bytes.
     pub(super) async fn send(&self, conn: &mut Conn, mut bytes: &[u8]) -> anyhow::Result<()> {
         while !bytes.is_empty() {
-            timeout(PATIENCE, conn.writable()).await.context("the socket takes nothing")??;
+            timeout(self.patience(), conn.writable()).await.context("the socket takes nothing")??;
             match conn.try_write(bytes) {
                 Ok(written) => bytes = &bytes[written..],
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {}
@@ -168,7 +174,7 @@ impl Stage {
         let mut buffer = vec![0; 64 * 1024];
         let mut received = 0;
         while received < wanted {
-            timeout(PATIENCE, conn.readable()).await.context("nothing arrives")??;
+            timeout(self.patience(), conn.readable()).await.context("nothing arrives")??;
             match conn.try_read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => received += n,
@@ -290,7 +296,7 @@ impl Listening<'_> {
 
     /// Accepts one connection that is narrated already, by what the table shows of it.
     pub(super) async fn accept_silently(&self) -> anyhow::Result<(TcpStream, SocketAddr)> {
-        Ok(timeout(PATIENCE, self.inner().accept()).await.context("nobody connects")??)
+        Ok(timeout(self.stage.patience(), self.inner().accept()).await.context("nobody connects")??)
     }
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {

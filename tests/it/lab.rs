@@ -238,10 +238,21 @@ fn a_signal_ends_the_wait_for_time_wait_too() {
     assert_eq!(status.code(), Some(1));
     let verdict = verdict(&stdout);
     assert_eq!((&verdict["shown"], &verdict["scenarios"][0]["shown"]), (&false.into(), &false.into()));
+    assert_eq!(verdict["scenarios"][0]["error"], "interrupted");
     let missing: Vec<_> =
         verdict["scenarios"][0]["expected"].as_array().unwrap().iter().filter(|item| item["shown"] == false).collect();
     assert_eq!(missing.len(), 1, "{missing:#?}");
     assert_eq!((&missing[0]["from"], &missing[0]["to"]), (&"TIME_WAIT".into(), &"CLOSED".into()));
+}
+
+#[test]
+fn what_is_named_twice_is_played_once() {
+    let lab = Echoscope::start(&["lab", "refused", "half-close", "refused", "--output", "json"]);
+    let (stdout, _) = lab.until_end(A_HANG);
+    let verdict = verdict(&stdout);
+    assert_shown(&verdict);
+    let played: Vec<_> = verdict["scenarios"].as_array().unwrap().iter().map(|s| s["scenario"].clone()).collect();
+    assert_eq!(played, ["refused", "half-close"]);
 }
 
 #[test]

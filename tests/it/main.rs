@@ -16,5 +16,4 @@ mod modes;
 mod pair;
 mod support;
 mod trace;
-mod watch;
 mod web;

@@ -40,7 +40,7 @@ impl Scenario for AcceptQueueOverflow {
                 rows.into_iter().find(|row| row.state == State::Listen && Some(row.receive_queue) > row.send_queue)
             });
             stage.confirm("the queue is over its limit", full.await.is_ok());
-            let opening = stage.connect_by(stage::PATIENCE + stage.hold, |_| Ok(()));
+            let opening = stage.connect_by(stage::PATIENCE + stage.hold * 2, |_| Ok(()));
             let accepting = async {
                 let waits = stage.in_table(Role::Client, State::SynSent).await.is_ok();
                 stage.show().await?;

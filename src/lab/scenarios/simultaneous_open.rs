@@ -46,7 +46,7 @@ impl Scenario for SimultaneousOpen {
             );
             let copy = OnceLock::new();
             let opened = {
-                let opening = stage.connect_by(stage::PATIENCE + stage.hold, |socket| {
+                let opening = stage.connect_by(stage::PATIENCE + stage.hold * 2, |socket| {
                     socket.bind(&stage.address.into())?;
                     filter::lose(socket.as_fd(), Segment::SynAck)?;
                     copy.set(socket.try_clone()?).map_err(|_| ErrorKind::AlreadyExists.into())
