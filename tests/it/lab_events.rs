@@ -76,7 +76,9 @@ fn whatever_the_lab_tells_was_done() {
     lab.signal("INT");
     let (_, verdict, lines) = lab.wait();
     let verdict: Value = serde_json::from_str(&verdict).expect("a verdict");
-    let failed: Vec<_> = verdict["scenarios"].as_array().unwrap().iter().filter(|s| !s["error"].is_null()).collect();
+    // Whoever still waits for the end of a TIME_WAIT is interrupted in that, and in nothing else.
+    let went_wrong = |scenario: &&Value| !scenario["error"].is_null() && scenario["error"] != "interrupted";
+    let failed: Vec<_> = verdict["scenarios"].as_array().unwrap().iter().filter(went_wrong).collect();
     assert!(failed.is_empty(), "{failed:#?}");
 
     let walks = of_process(&threads, trace.walks());
