@@ -187,8 +187,8 @@ def jobs_of(dashboard):
     return sorted({series["job"] for series in ask("series", **{"match[]": metric, "start": time.time() - 30})})
 
 
-def substituted(expr, dashboard, instance=".*"):
-    values = {"$job": "|".join(jobs_of(dashboard)), "$instance": instance, "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}
+def substituted(expr, jobs, instance=".*"):
+    values = {"$job": "|".join(jobs), "$instance": instance, "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}
     for variable, value in values.items():
         expr = expr.replace(variable, value)
     if "$" in expr:
@@ -202,22 +202,24 @@ def dashboards():
 
 
 def panels():
+    """Every panel, and the jobs that its dashboard is about now."""
     for file, dashboard in dashboards():
+        jobs = jobs_of(dashboard)
         rows = [p for p in dashboard["panels"] if p["type"] == "row"]
         for panel in dashboard["panels"] + [inner for row in rows for inner in row["panels"]]:
             if panel["type"] != "row":
-                yield f"{file}: {panel['title']}", panel, dashboard
+                yield f"{file}: {panel['title']}", panel, jobs
 
 
-def complaint_of(name, target, dashboard):
+def complaint_of(name, target, jobs):
     """What is wrong with the answer to a panel's query, if anything."""
-    result = ask("query", query=substituted(target["expr"], dashboard))["result"]
+    result = ask("query", query=substituted(target["expr"], jobs))["result"]
     if not result:
         return f"{name}: no data: {target['expr']}"
     for series in result:
         if not math.isfinite(float(series["value"][1])):
             return f"{name}: {series}"
-        if series["metric"].get("job") not in [None, *jobs_of(dashboard)]:
+        if series["metric"].get("job") not in [None, *jobs]:
             return f"{name}: of another job: {series['metric']}"
         for label in re.findall(r"\{\{\s*(\w+)\s*\}\}", target["legendFormat"]):
             if not series["metric"].get(label):
@@ -225,30 +227,31 @@ def complaint_of(name, target, dashboard):
     return None
 
 
-def complaints(queries):
-    return [c for c in (complaint_of(*q) for q in queries) if c]
+def complaints():
+    found = (complaint_of(name, target, jobs) for name, panel, jobs in panels() for target in panel["targets"])
+    return [complaint for complaint in found if complaint]
 
 
 def every_panel():
-    queries = [(name, target, dashboard) for name, panel, dashboard in panels() for target in panel["targets"]]
-    took = await_that("numbers in every panel", 120, lambda: complaints(queries)[:3])
-    say(f"{len(queries)} queries of {len(list(panels()))} panels return numbers, their legends' labels exist ({took:.0f} s)")
+    took = await_that("numbers in every panel", 120, lambda: complaints()[:3])
+    each = [len(panel["targets"]) for _, panel, _ in panels()]
+    say(f"{sum(each)} queries of {len(each)} panels return numbers, their legends' labels exist ({took:.0f} s)")
     for _, dashboard in dashboards():
         for variable in dashboard["templating"]["list"]:
             if variable["type"] != "query":
                 continue
             metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
-            series = ask("series", **{"match[]": substituted(metric, dashboard)})
+            series = ask("series", **{"match[]": substituted(metric, jobs_of(dashboard))})
             if not {s.get(label) for s in series} - {None}:
                 fail(f"the variable {variable['name']} has no values")
 
 
 def figures(instance):
     """Every figure of the dashboards by its title, and the colour that its thresholds give it now, for these instances."""
-    for name, panel, dashboard in panels():
+    for name, panel, jobs in panels():
         steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
         if panel["type"] == "stat" and len(steps) > 1:
-            result = ask("query", query=substituted(panel["targets"][0]["expr"], dashboard, instance))["result"]
+            result = ask("query", query=substituted(panel["targets"][0]["expr"], jobs, instance))["result"]
             value = float(result[0]["value"][1]) if result else math.nan
             reached = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
             yield panel["title"], reached[-1]
@@ -292,7 +295,7 @@ def trouble():
 
 def marks(expr, dashboard, since):
     """The moments that Grafana would mark: of the values of an annotation's query those above zero."""
-    result = ask("query_range", query=substituted(expr, dashboard), start=since, end=time.time(), step=5)["result"]
+    result = ask("query_range", query=substituted(expr, jobs_of(dashboard)), start=since, end=time.time(), step=5)["result"]
     return [value for series in result for value in series["values"] if float(value[1]) > 0]
 
 

@@ -30,6 +30,9 @@ use crate::web::{self, Readiness};
 /// Descriptors that the echo service leaves to the rest of the process: the web side's connections, netlink, logs.
 const RESERVED: u64 = 96;
 
+/// How long a drain that was cut short waits to be scraped.
+const LAST_SCRAPE: Duration = Duration::from_secs(15);
+
 /// What must be done before the process has a second thread.
 #[derive(Default)]
 pub struct Prepared {
@@ -46,9 +49,6 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
         _ => Prepared::default(),
     })
 }
-
-/// How long a drain that was cut short waits to be scraped.
-const LAST_SCRAPE: Duration = Duration::from_secs(15);
 
 /// Runs what was asked for on a runtime of its own; returns the exit code.
 ///
@@ -204,19 +204,26 @@ struct Observers {
 /// Opens the kernel's table and whatever keeps what is seen in it.
 fn observe(scope: Scope, common: Common, log_lost: &IntCounter) -> anyhow::Result<Observers> {
     let scope = Arc::new(scope);
-    let (table, refused) = Table::open(common.observer).context("read the kernel's socket table")?;
+    let table = open_table(common.observer)?;
     let observer = table.observer();
-    if let Some(error) = refused {
-        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their \
-         addresses only");
-    }
-    let (second, _) = Table::open(Some(observer)).context("read the kernel's socket table")?;
+    let second = open_table(Some(observer))?;
     let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
     let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
     let afterlife =
         Afterlife::start(Arc::clone(&journal), &scope, second, common.follow_limit).context("start the follower")?;
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
     Ok(Observers { observer, metrics, journal, afterlife, census })
+}
+
+/// Opens the kernel's table in the way that is asked for, or in the best that is permitted.
+fn open_table(asked: Option<Observer>) -> anyhow::Result<Table> {
+    let (table, refused) = Table::open(asked).context("read the kernel's socket table")?;
+    if let Some(error) = refused {
+        let observer = table.observer();
+        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their \
+         addresses only");
+    }
+    Ok(table)
 }
 
 /// Ends everything when a part ends before it was told to: what is left of the process would look healthy and serve

@@ -18,9 +18,6 @@ use crate::tcp::{Flow, Role, State, StateSet, unscoped};
 /// How long a reading serves everyone who asks.
 pub const FRESH: Duration = Duration::from_millis(500);
 
-/// Label slots: kernel state numbers run from 1 to 12.
-const STATES: usize = 13;
-
 /// A listener's accept queue, over all its sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AcceptQueue {
@@ -39,8 +36,8 @@ pub struct ServiceReading {
     pub port: u16,
     /// Of its listeners, if it has any.
     pub accept_queue: Option<AcceptQueue>,
-    counts: [u64; STATES],
-    oldest: [Option<Duration>; STATES],
+    counts: [u64; State::SLOTS],
+    oldest: [Option<Duration>; State::SLOTS],
 }
 
 impl ServiceReading {
@@ -86,25 +83,13 @@ impl Reading {
     pub fn show(&self, gauges: &TableGauges) {
         for service in &self.services {
             let (role, port) = (service.role.label(), service.port.to_string());
-            for state in State::ALL {
-                let labels = &[role, &port, state.label()];
-                gauges.sockets.with_label_values(labels).set(service.count(state).cast_signed());
-                if let Some(oldest) = service.oldest(state) {
-                    gauges.oldest.with_label_values(labels).set(oldest.as_secs_f64());
-                }
-            }
+            gauges.service(role, &port, |state| (service.count(state), service.oldest(state)));
             if let Some(queue) = service.accept_queue {
-                gauges.queue_length.with_label_values(&[&port]).set(queue.length.into());
-                if let Some(limit) = queue.limit {
-                    gauges.queue_limit.with_label_values(&[&port]).set(limit.into());
-                }
+                gauges.queue(&port, queue.length, queue.limit);
             }
         }
         for target in &self.targets {
-            gauges.ports_used.with_label_values(&[&target.name]).set(target.ports_used.into());
-            if let Some(limit) = self.ports_limit {
-                gauges.ports_limit.with_label_values(&[&target.name]).set(limit.into());
-            }
+            gauges.ports(&target.name, target.ports_used, self.ports_limit);
         }
     }
 }
@@ -241,8 +226,8 @@ impl Count<'_> {
             role,
             port,
             accept_queue: None,
-            counts: [0; STATES],
-            oldest: [None; STATES],
+            counts: [0; State::SLOTS],
+            oldest: [None; State::SLOTS],
         };
         let mut targets: HashMap<SocketAddr, Vec<usize>> = HashMap::new();
         for (i, target) in scope.targets().iter().enumerate() {

@@ -26,6 +26,7 @@ pub use clock::Clock;
 pub use diagram::{CLIENT, DRAWING, SERVER};
 pub use facts::{FACTS, Facts, Lasts, Limit, Query, Way, facts};
 pub use sysctls::Sysctl;
+pub use text::wrapped;
 
 /// How a setting is read, by its path under /proc/sys.
 type Read<'a> = &'a dyn Fn(&str) -> io::Result<String>;

@@ -21,7 +21,7 @@ mod wire;
 
 pub use error::{LineError, TableError};
 pub use opens::opens;
-pub use row::{Row, TIME_WAIT, Wanted};
+pub use row::{Row, TIME_WAIT, Wanted, timer};
 pub use sock_diag::{DestroyEvents, Destroyed};
 pub use table::{Observer, Table};
 pub use tcp_info::TcpInfo;

@@ -114,10 +114,7 @@ impl Plan {
             target.resolved(&[address]);
             (address.port(), Arc::new(target))
         };
-        let mut scenarios = self.scenarios.clone();
-        scenarios.sort_unstable();
-        scenarios.dedup();
-        scenarios.iter().map(service).unzip()
+        self.scenarios.iter().map(service).unzip()
     }
 }
 

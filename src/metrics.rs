@@ -10,6 +10,7 @@ mod transitions;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 
 use crate::kernel::Observer;
@@ -117,9 +118,7 @@ impl Metrics {
     pub fn new(scope: &Scope, observer: Observer, log_lost: &IntCounter) -> Metrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.register(log_lost);
-        make.register_collector(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
-        make.about(observer);
+        make.about(observer, log_lost);
 
         let opened = make.counters("connections_opened_total", "Connections opened by this process.", &["role"]);
         let open = make.gauges(
@@ -288,10 +287,15 @@ impl Metrics {
             *scrapes = Scrapes { count: scrapes.count + 1, last: Some(Instant::now()) };
             families
         };
-        let mut page = Vec::with_capacity(64 * 1024);
-        TextEncoder::new().encode(&families, &mut page)?;
-        Ok(page)
+        encode(&families)
     }
+}
+
+/// The text that Prometheus reads.
+fn encode(families: &[MetricFamily]) -> prometheus::Result<Vec<u8>> {
+    let mut page = Vec::with_capacity(64 * 1024);
+    TextEncoder::new().encode(families, &mut page)?;
+    Ok(page)
 }
 
 /// The counter of log lines lost, made before the other metrics: logs start first.

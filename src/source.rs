@@ -19,6 +19,9 @@ pub enum NoAnswer {
     Unavailable(&'static str),
 }
 
+/// What there is to say when the table cannot be read.
+pub const UNREADABLE: NoAnswer = NoAnswer::Unavailable("the kernel's socket table cannot be read\n");
+
 /// Something that can tell of itself.
 pub trait Source: Send + Sync + 'static {
     /// The page for `/metrics`.
@@ -32,6 +35,17 @@ pub trait Source: Send + Sync + 'static {
 
     /// Where errors of accept(2) of the web side are counted.
     fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()];
+}
+
+/// The page for Prometheus.
+///
+/// # Errors
+/// When it could not be encoded, which is logged.
+pub fn page(rendered: prometheus::Result<Vec<u8>>) -> Result<Vec<u8>, NoAnswer> {
+    rendered.map_err(|error| {
+        tracing::error!(%error, "cannot encode metrics");
+        NoAnswer::Unavailable("metrics cannot be encoded\n")
+    })
 }
 
 /// As JSON.

@@ -26,9 +26,6 @@ const FRESH: Duration = Duration::from_millis(500);
 /// How many pairs of addresses are told of.
 const FULLEST: usize = 10;
 
-/// Label slots: kernel state numbers run from 1 to 12.
-const STATES: usize = 13;
-
 /// Which sockets are looked at.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
@@ -109,8 +106,8 @@ pub struct Sight {
     pub opened: u64,
     /// Connections closed since then.
     pub closed: u64,
-    counts: [u64; STATES],
-    oldest: [(Duration, bool); STATES],
+    counts: [u64; State::SLOTS],
+    oldest: [(Duration, bool); State::SLOTS],
 }
 
 impl Sight {
@@ -170,8 +167,6 @@ pub struct Reading {
     pub ports_limit: Option<u32>,
     /// How the table was read.
     pub observer: Observer,
-    /// When, on the monotonic clock.
-    pub at: Duration,
     /// How long that took.
     pub took: Duration,
 }
@@ -351,7 +346,6 @@ impl Surveyor {
             fullest: self.tracker.fullest(FULLEST),
             ports_limit: ports::local_port_limit().ok(),
             observer: self.table.observer(),
-            at: now,
             took,
         })
     }

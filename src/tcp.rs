@@ -64,6 +64,9 @@ impl State {
         State::Closing,
     ];
 
+    /// How long an array indexed by `state as usize` is: the kernel's numbers run from 1 to 12.
+    pub const SLOTS: usize = 13;
+
     /// The state with the kernel's number `n`; `None` for numbers this program does not know.
     #[must_use]
     pub const fn from_kernel(n: u8) -> Option<State> {

@@ -17,9 +17,9 @@ pub use check::{Finding, Severity, Thresholds};
 
 use crate::kernel::owners::{self, Owners};
 use crate::metrics::{ACCEPT_ERRORS, ServiceRow, SurveyMetrics};
-use crate::source::{Answer, NoAnswer, Source, json};
+use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
 use crate::survey::{Reading, Survey};
-use crate::tcp::{Role, State};
+use crate::tcp::State;
 
 /// How often processes are searched for whoever began to listen.
 const SEARCH: Duration = Duration::from_secs(5);
@@ -54,7 +54,7 @@ impl Watch {
     /// A reading as JSON, and how bad it is; `None` when the table cannot be read.
     pub async fn json(&self) -> Option<(Vec<u8>, Severity)> {
         let (reading, owners, findings) = self.look().await?;
-        let told = json(&table::Sockets::of(&reading, &owners, Some(&findings))).ok()?;
+        let told = json(&table::Sockets::of(&reading, &owners, &findings)).ok()?;
         Some((told, worst(&findings)))
     }
 
@@ -90,24 +90,14 @@ impl Watch {
             let Some(reading) = reading else { return };
             for (service, sight) in &reading.services {
                 let (role, port) = (service.role.label(), service.port.to_string());
-                for state in State::ALL {
-                    let labels = &[role, port.as_str(), state.label()];
-                    gauges.sockets.with_label_values(labels).set(sight.count(state).cast_signed());
-                    gauges.oldest.with_label_values(labels).set(sight.oldest(state).0.as_secs_f64());
-                }
-                if let (Role::Server, Some(queue)) = (service.role, sight.queue) {
-                    gauges.queue_length.with_label_values(&[&port]).set(queue.length.into());
-                    if let Some(limit) = queue.limit {
-                        gauges.queue_limit.with_label_values(&[&port]).set(limit.into());
-                    }
+                gauges.service(role, &port, |state| (sight.count(state), Some(sight.oldest(state).0)));
+                if let Some(queue) = sight.queue {
+                    gauges.queue(&port, queue.length, queue.limit);
                 }
             }
             // Whose addresses they are is told by the API: a label must not grow with the peers.
             let used = reading.fullest.first().map_or(0, |(_, _, used)| *used);
-            gauges.ports_used.with_label_values(&["fullest"]).set(used.into());
-            if let Some(limit) = reading.ports_limit {
-                gauges.ports_limit.with_label_values(&["fullest"]).set(limit.into());
-            }
+            gauges.ports("fullest", used, reading.ports_limit);
         })
     }
 }
@@ -115,8 +105,6 @@ impl Watch {
 fn worst(findings: &[Finding]) -> Severity {
     findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Ok)
 }
-
-const UNREADABLE: NoAnswer = NoAnswer::Unavailable("the kernel's socket table cannot be read\n");
 
 impl Source for Watch {
     fn metrics(&self) -> Answer<'_, Result<Vec<u8>, NoAnswer>> {
@@ -126,10 +114,7 @@ impl Source for Watch {
                 Some(reading) => self.listeners(reading).await,
                 None => Arc::default(),
             };
-            self.page(reading.as_deref(), &owners).map_err(|error| {
-                tracing::error!(%error, "cannot encode metrics");
-                NoAnswer::Unavailable("metrics cannot be encoded\n")
-            })
+            page(self.page(reading.as_deref(), &owners))
         })
     }
 

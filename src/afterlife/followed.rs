@@ -19,9 +19,6 @@ pub(super) const PATIENT: Duration = Duration::from_secs(1);
 /// By text every question costs the whole table.
 const EAGER_BY_TEXT: Duration = Duration::from_millis(100);
 
-/// `idiag_timer` of a minisocket: TIME_WAIT, or an orphan in FIN_WAIT2.
-const TIMEWAIT_TIMER: u8 = 3;
-
 /// One connection being followed.
 #[expect(clippy::struct_excessive_bools, reason = "four independent facts")]
 pub(super) struct Followed {
@@ -108,7 +105,7 @@ impl Followed {
         match row {
             Some(row) => {
                 self.expires = now + row.expires;
-                self.resting = row.state == State::TimeWait || row.timer == TIMEWAIT_TIMER;
+                self.resting = row.is_minisocket();
                 self.next = now + self.pause;
                 self.pause = (self.pause * 2).min(PATIENT);
             }
@@ -121,6 +118,7 @@ impl Followed {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::timer;
     use crate::tcp::{Flow, Identity, Lifecycle, Role};
 
     const fn s(n: u64) -> Duration {
@@ -149,7 +147,7 @@ mod tests {
             state,
             flow,
             cookie,
-            timer: TIMEWAIT_TIMER,
+            timer: timer::TIME_WAIT,
             retransmits: 0,
             expires,
             receive_queue: 0,

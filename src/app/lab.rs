@@ -8,9 +8,8 @@ use std::time::Duration;
 use anyhow::Context;
 use prometheus::IntCounter;
 
-use super::{EndAll, Observers, observe};
+use super::{EndAll, Observers, observe, open_table};
 use crate::config::{Common, LabConfig, Output, mistake};
-use crate::kernel::Table;
 use crate::lab::{self, Ground, Plan, Verdict};
 use crate::log::{LogGuard, STEPS};
 use crate::scope::Scope;
@@ -56,7 +55,7 @@ pub(super) async fn run(
     let (ports, targets) = plan.services();
     let Observers { observer, metrics, journal, afterlife, census } =
         observe(Scope::new(&ports, targets), common, &log_lost)?;
-    let (table, _) = Table::open(Some(observer)).context("read the kernel's socket table")?;
+    let table = open_table(Some(observer))?;
     let readiness = Readiness::new(metrics.ready.clone());
     let web_stop = Stop::new();
     let web = web.map(|bound| {

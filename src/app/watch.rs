@@ -7,9 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use prometheus::IntCounter;
 
-use super::EndAll;
+use super::{EndAll, open_table};
 use crate::config::{Common, Output, WatchConfig, WatchMode};
-use crate::kernel::Table;
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
@@ -25,11 +24,8 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
     let WatchConfig { only, ignore, remote, interval, warn, crit, .. } = config;
     let own = web.as_ref().map(|bound| bound.address().port());
-    let (table, refused) = Table::open(common.observer).context("read the kernel's socket table")?;
+    let table = open_table(common.observer)?;
     let observer = table.observer();
-    if let Some(error) = refused {
-        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their addresses only");
-    }
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
     let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;

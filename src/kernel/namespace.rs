@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use socket2::{Domain, Socket, Type};
 
+use super::sysctl;
+
 /// Moves this process into a new network namespace whose loopback interface is up, with a user namespace around it in
 /// which it has every capability. Sockets made before stay where they were made.
 ///
@@ -41,8 +43,8 @@ pub fn switched_off_by() -> Option<(&'static str, String)> {
         ("kernel.apparmor_restrict_unprivileged_userns", "1"),
     ];
     SWITCHES.into_iter().find_map(|(name, off)| {
-        let value = fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/"))).ok()?;
-        (value.trim() == off).then(|| (name, value.trim().to_owned()))
+        let value = sysctl::read(&name.replace('.', "/")).ok()?;
+        (value == off).then_some((name, value))
     })
 }
 

@@ -7,6 +7,18 @@ use crate::tcp::{Flow, State, StateSet};
 /// TCP_TIMEWAIT_LEN (include/net/tcp.h): what TIME_WAIT's timer starts from.
 pub const TIME_WAIT: Duration = Duration::from_mins(1);
 
+/// Which timer a socket waits for (`idiag_timer`, inet_diag.h; the same in /proc/net/tcp).
+pub mod timer {
+    /// Data, a FIN or a SYN is repeated.
+    pub const RETRANSMIT: u8 = 1;
+    /// Keepalive, or a SYN+ACK is repeated.
+    pub const KEEPALIVE: u8 = 2;
+    /// That of a minisocket: TIME_WAIT, or FIN_WAIT2 without a descriptor.
+    pub const TIME_WAIT: u8 = 3;
+    /// A zero window is probed.
+    pub const PERSIST: u8 = 4;
+}
+
 /// One socket as the table shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -16,7 +28,7 @@ pub struct Row {
     pub flow: Flow,
     /// SO_COOKIE; `None` where the way of reading does not tell it.
     pub cookie: Option<u64>,
-    /// Which timer runs (`idiag_timer`): 3 is TIME_WAIT's.
+    /// Which [`timer`] runs; 0: none.
     pub timer: u8,
     /// How often what waits for that timer was repeated already; for a handshake, our SYN+ACK.
     pub retransmits: u8,
@@ -30,6 +42,15 @@ pub struct Row {
     pub inode: u32,
     /// When the last ACK came, before the reading; `None` unless [`Wanted::with_last_ack`] asked, and where it is not told.
     pub last_ack: Option<Duration>,
+}
+
+impl Row {
+    /// Whether it is all that the kernel keeps of a connection that nobody holds any more: TIME_WAIT, or FIN_WAIT2 without a
+    /// descriptor.
+    #[must_use]
+    pub fn is_minisocket(&self) -> bool {
+        self.state == State::TimeWait || (self.state == State::FinWait2 && self.timer == timer::TIME_WAIT)
+    }
 }
 
 /// Which sockets a reading is about: a set of states, and local or remote ports (none named: all).

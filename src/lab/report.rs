@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::verdict::{Item, Shown, Verdict};
 use super::{ALL, About, Expect, Ground};
+use crate::explain::wrapped;
 use crate::tcp::{Evidence, State};
 
 /// What there is to see.
@@ -79,21 +80,6 @@ impl fmt::Display for Verdict {
             None => writeln!(f, "  verdict: NOT ALL SHOWN"),
         }
     }
-}
-
-/// Words in lines of at most `width` characters.
-fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if line.chars().count() + 1 + word.chars().count() <= width => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
-        }
-    }
-    lines
 }
 
 /// All verdicts for a script.

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::afterlife::{Afterlife, Departed};
 use crate::conn::Conn;
 use crate::kernel::filter::{self, Segment};
-use crate::kernel::{Row, Table, Wanted, clock};
+use crate::kernel::{Row, Table, Wanted, clock, timer};
 use crate::ledger::{Life, Reason};
 use crate::listener::{ListenConfig, ListenerLife, listen};
 use crate::log::STEPS;
@@ -121,14 +121,9 @@ impl Stage {
 
     /// Waits until `conn` is in `state`.
     pub(super) async fn reach(&self, conn: &mut Conn, state: State) -> anyhow::Result<()> {
-        let began = Instant::now();
-        while conn.observe() != state {
-            if began.elapsed() > self.patience() {
-                bail!("a connection stays in {} and does not enter {state}", conn.observe());
-            }
-            sleep(POLL).await;
-        }
-        Ok(())
+        let what = format!("a connection to enter {state}");
+        let reached = self.until(&what, || (conn.observe() == state).then_some(())).await;
+        reached.with_context(|| format!("a connection stays in {}", conn.observe()))
     }
 
     /// Waits until an end of this role is known to have entered `state`, however it was seen.
@@ -340,14 +335,14 @@ fn as_ss(row: &Row) -> String {
     let peer = if row.state == State::Listen { "0.0.0.0:*".to_owned() } else { row.flow.peer.to_string() };
     let send_queue = row.send_queue.unwrap_or(0);
     let mut text = format!("{state:<10} {:>6} {send_queue:>6} {:>21} {peer:>21}", row.receive_queue, row.flow.local);
-    let timer = match row.timer {
-        1 => "on",
-        2 => "keepalive",
-        3 => "timewait",
-        4 => "persist",
+    let name = match row.timer {
+        timer::RETRANSMIT => "on",
+        timer::KEEPALIVE => "keepalive",
+        timer::TIME_WAIT => "timewait",
+        timer::PERSIST => "persist",
         _ => return text,
     };
-    let _ = write!(text, " timer:({timer},{:.1}s,{})", row.expires.as_secs_f64(), row.retransmits);
+    let _ = write!(text, " timer:({name},{:.1}s,{})", row.expires.as_secs_f64(), row.retransmits);
     text
 }
 

@@ -1,5 +1,6 @@
 //! Making a metric with the project's prefix, and registering it.
 
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
 };
@@ -10,23 +11,25 @@ use crate::kernel::Observer;
 pub(super) struct Maker<'a>(pub(super) &'a Registry);
 
 impl Maker<'_> {
-    pub(super) fn register<C: prometheus::core::Collector + Clone + 'static>(&self, metric: &C) {
+    fn register<C: prometheus::core::Collector + Clone + 'static>(&self, metric: &C) {
         self.register_collector(Box::new(metric.clone()));
     }
 
-    pub(super) fn register_collector(&self, metric: Box<dyn prometheus::core::Collector>) {
+    fn register_collector(&self, metric: Box<dyn prometheus::core::Collector>) {
         self.0.register(metric).expect("metric names are unique");
     }
 
-    /// What this binary is, and how it reads the kernel.
-    pub(super) fn about(&self, observer: Observer) {
+    /// What every process tells of itself: what it is, how it reads the kernel, what it uses, and what its log lost.
+    pub(super) fn about(&self, observer: Observer, log_lost: &IntCounter) {
+        self.register(log_lost);
+        self.register_collector(Box::new(ProcessCollector::for_self()));
         let build = self.gauges("build_info", "What this binary is; always 1.", &["version"]);
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let info = self.gauges("observer_info", "How the kernel's socket table is read; always 1.", &["observer"]);
         info.with_label_values(&[observer.label()]).set(1);
     }
 
-    pub(super) fn made<C: prometheus::core::Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
+    fn made<C: prometheus::core::Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
         let metric = metric.expect("metric names and labels are valid");
         self.register(&metric);
         metric

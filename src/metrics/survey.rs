@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use prometheus::{Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 
 use super::maker::Maker;
 use super::table::ObserverFamilies;
-use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges};
+use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges, encode};
 use crate::kernel::Observer;
 use crate::tcp::State;
 
@@ -54,9 +54,7 @@ impl SurveyMetrics {
     pub fn new(observer: Observer, log_lost: &IntCounter) -> SurveyMetrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.register(log_lost);
-        make.register_collector(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
-        make.about(observer);
+        make.about(observer, log_lost);
         let table = TableGauges::new(&make);
         let ready = make.gauge("ready", "Whether this process answers: 0 from the first signal on.");
         let observer = ObserverFamilies::new(&make).of(observer, "survey");
@@ -153,8 +151,6 @@ impl SurveyMetrics {
             fill(&self.table);
             self.registry.gather()
         };
-        let mut page = Vec::with_capacity(64 * 1024);
-        TextEncoder::new().encode(&families, &mut page)?;
-        Ok(page)
+        encode(&families)
     }
 }

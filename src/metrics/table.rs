@@ -1,25 +1,28 @@
 //! What a reading of the kernel's socket table shows, and what it reports of itself.
 
+use std::time::Duration;
+
 use prometheus::{GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec};
 
 use super::LATENCY;
 use super::maker::Maker;
 use crate::kernel::Observer;
+use crate::tcp::State;
 
 /// The gauges that only a reading of the kernel's table can fill.
 pub struct TableGauges {
     /// By role, port, state.
-    pub sockets: IntGaugeVec,
+    sockets: IntGaugeVec,
     /// By role, port, state; seconds.
-    pub oldest: GaugeVec,
+    oldest: GaugeVec,
     /// By port.
-    pub queue_length: IntGaugeVec,
+    queue_length: IntGaugeVec,
     /// By port.
-    pub queue_limit: IntGaugeVec,
+    queue_limit: IntGaugeVec,
     /// By target.
-    pub ports_used: IntGaugeVec,
+    ports_used: IntGaugeVec,
     /// By target.
-    pub ports_limit: IntGaugeVec,
+    ports_limit: IntGaugeVec,
 }
 
 impl TableGauges {
@@ -59,6 +62,33 @@ impl TableGauges {
                  less reserved ports).",
                 &["target"],
             ),
+        }
+    }
+
+    /// One end of a service: of each state how many sockets, and how old the oldest is, where that is known.
+    pub fn service(&self, role: &str, port: &str, of: impl Fn(State) -> (u64, Option<Duration>)) {
+        for state in State::ALL {
+            let (labels, (count, oldest)) = (&[role, port, state.label()], of(state));
+            self.sockets.with_label_values(labels).set(count.cast_signed());
+            if let Some(oldest) = oldest {
+                self.oldest.with_label_values(labels).set(oldest.as_secs_f64());
+            }
+        }
+    }
+
+    /// The accept queue of a port, and its limit where that is known.
+    pub fn queue(&self, port: &str, length: u32, limit: Option<u32>) {
+        self.queue_length.with_label_values(&[port]).set(length.into());
+        if let Some(limit) = limit {
+            self.queue_limit.with_label_values(&[port]).set(limit.into());
+        }
+    }
+
+    /// The local ports taken towards a target, and how many there are where that is known.
+    pub fn ports(&self, target: &str, used: u32, limit: Option<u32>) {
+        self.ports_used.with_label_values(&[target]).set(used.into());
+        if let Some(limit) = limit {
+            self.ports_limit.with_label_values(&[target]).set(limit.into());
         }
     }
 

@@ -14,11 +14,10 @@ pub(super) struct Transitions {
     children: Vec<OnceLock<IntCounter>>,
 }
 
-const STATES: usize = 13;
-
 impl Transitions {
     pub(super) fn new(family: IntCounterVec, scope: &Scope, observer: Observer) -> Transitions {
-        let children = (0..Role::ALL.len() * STATES * STATES * Evidence::ALL.len()).map(|_| OnceLock::new()).collect();
+        let children =
+            (0..Role::ALL.len() * State::SLOTS * State::SLOTS * Evidence::ALL.len()).map(|_| OnceLock::new()).collect();
         let transitions = Transitions { family, children };
         // Present at zero, so that a first increase is an increase: the arrows of each role in use, by each kind of
         // evidence in use.
@@ -43,7 +42,7 @@ impl Transitions {
     }
 
     fn index(role: Role, from: State, to: State, evidence: Evidence) -> usize {
-        let pair = (role as usize * STATES + from as usize) * STATES + to as usize;
+        let pair = (role as usize * State::SLOTS + from as usize) * State::SLOTS + to as usize;
         pair * Evidence::ALL.len() + evidence as usize
     }
 

@@ -14,9 +14,6 @@ use crate::kernel::{Row, TIME_WAIT};
 use crate::metrics::TOLD;
 use crate::tcp::{Flow, Role, State};
 
-/// `idiag_timer` of a minisocket: TIME_WAIT, or FIN_WAIT2 without a descriptor.
-const MINISOCKET: u8 = 3;
-
 /// One socket, as long as the table shows it.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
@@ -128,7 +125,7 @@ impl Tracker {
     fn place(&mut self, row: &Row) {
         // Listeners were read before; one that was never bound has no port.
         let Some(service) = self.service_of(&row.flow).filter(|_| row.flow.local.port() != 0) else { return };
-        let mini = row.state == State::TimeWait || (row.state == State::FinWait2 && row.timer == MINISOCKET);
+        let mini = row.is_minisocket();
         // Neither listeners nor what is only bound, nor the kernel's note of a SYN.
         let connection = row.flow.peer.port() != 0 && !(row.state == State::SynRecv && row.inode == 0);
         let first = !self.complete;
@@ -330,6 +327,7 @@ fn key(row: &Row) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::timer;
     use State::{
         Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait,
     };
@@ -352,7 +350,7 @@ mod tests {
     }
 
     fn row(cookie: u64, state: State, local: &str, peer: &str) -> Row {
-        let timer = if state == TimeWait { MINISOCKET } else { 0 };
+        let timer = if state == TimeWait { timer::TIME_WAIT } else { 0 };
         let inode = if state == TimeWait { 0 } else { 100 + cookie as u32 };
         let expires = if state == TimeWait { TIME_WAIT } else { Duration::ZERO };
         Row {
@@ -389,7 +387,7 @@ mod tests {
     }
 
     fn orphan(row: Row) -> Row {
-        Row { inode: 0, timer: MINISOCKET, ..row }
+        Row { inode: 0, timer: timer::TIME_WAIT, ..row }
     }
 
     /// As /proc/net/tcp has it.
@@ -995,7 +993,7 @@ mod tests {
                         state: State::ALL[state],
                         flow: flow(&format!("10.0.0.1:{local}"), &format!("[::ffff:10.0.0.2]:{peer}")),
                         cookie: (!text).then_some(cookie),
-                        timer: if mini { MINISOCKET } else { 0 },
+                        timer: if mini { timer::TIME_WAIT } else { 0 },
                         retransmits: u8::MAX,
                         expires: Duration::from_millis(time),
                         receive_queue: u32::MAX,

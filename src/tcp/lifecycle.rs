@@ -195,18 +195,16 @@ struct Certain {
     gap_after: [bool; LONGEST],
 }
 
-/// One more than the largest number of a state.
-const STATES: usize = 13;
-
 impl Certain {
     /// The path, where there is only one whatever else is known: nothing could add to it, and what contradicts it is
     /// doubted. Searched once for each pair of states; most steps of most lives are such.
     fn only_way(from: State, to: State, role: Role) -> Option<Certain> {
         static WAYS: OnceLock<Vec<Option<Certain>>> = OnceLock::new();
-        let index =
-            |role: Role, from: State, to: State| (role as usize * STATES + from as usize) * STATES + to as usize;
+        let index = |role: Role, from: State, to: State| {
+            (role as usize * State::SLOTS + from as usize) * State::SLOTS + to as usize
+        };
         let ways = WAYS.get_or_init(|| {
-            let mut ways = vec![None; Role::ALL.len() * STATES * STATES];
+            let mut ways = vec![None; Role::ALL.len() * State::SLOTS * State::SLOTS];
             for (role, from, to) in all_pairs() {
                 let mut count = 0;
                 arrows::each_path(from, to, role, &Known::default(), |path| {

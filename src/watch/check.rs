@@ -167,7 +167,6 @@ mod tests {
             fullest: Vec::new(),
             ports_limit: Some(100),
             observer: Observer::SockDiag,
-            at: Duration::ZERO,
             took: Duration::ZERO,
         }
     }

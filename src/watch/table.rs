@@ -89,8 +89,7 @@ pub(super) struct Sockets<'a> {
     /// The fullest pairs of a local address and a destination.
     local_ports: Vec<Pair>,
     local_ports_limit: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    findings: Option<&'a [Finding]>,
+    findings: &'a [Finding],
 }
 
 #[derive(Serialize)]
@@ -136,7 +135,7 @@ struct Pair {
 }
 
 impl<'a> Sockets<'a> {
-    pub(super) fn of(reading: &'a Reading, owners: &'a Owners, findings: Option<&'a [Finding]>) -> Sockets<'a> {
+    pub(super) fn of(reading: &'a Reading, owners: &'a Owners, findings: &'a [Finding]) -> Sockets<'a> {
         let held = |state: &State, sight: &Sight| *state != State::Listen && sight.count(*state) > 0;
         let services = reading.services.iter().map(|(service, sight)| ServiceJson {
             role: service.role.label(),

@@ -8,7 +8,7 @@ use super::api;
 use crate::census::Census;
 use crate::journal::Journal;
 use crate::metrics::ACCEPT_ERRORS;
-use crate::source::{Answer, NoAnswer, Source, json};
+use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
 
 const SHUTTING_DOWN: NoAnswer = NoAnswer::Unavailable("shutting down\n");
 
@@ -29,18 +29,13 @@ impl Source for Own {
             let rendered = tokio::task::spawn_blocking(move || {
                 journal.metrics().render(|gauges| reading.iter().for_each(|reading| reading.show(gauges)))
             });
-            rendered.await.map_err(|_| SHUTTING_DOWN)?.map_err(|error| {
-                tracing::error!(%error, "cannot encode metrics");
-                NoAnswer::Unavailable("metrics cannot be encoded\n")
-            })
+            page(rendered.await.map_err(|_| SHUTTING_DOWN)?)
         })
     }
 
     fn sockets<'a>(&'a self, _: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
         Box::pin(async {
-            let reading = self.census.read().await;
-            let unreadable = NoAnswer::Unavailable("the kernel's socket table cannot be read\n");
-            let reading = reading.ok_or(unreadable)?;
+            let reading = self.census.read().await.ok_or(UNREADABLE)?;
             json(&api::Sockets::of(&reading))
         })
     }

@@ -7,6 +7,7 @@ use std::io::ErrorKind;
 use socket2::SockRef;
 use tokio::time::timeout;
 
+use crate::kernel::timer;
 use crate::lab::Expect::{Arrow, Fact};
 use crate::lab::{About, Play, Scenario, Stage};
 use crate::tcp::{Role, State};
@@ -24,9 +25,6 @@ const ABOUT: About = About {
     why: "The reading application is slow or blocked. Nothing is wrong with the network: both ends are ESTABLISHED, and data stands still.",
     remedy: "Look at the end with the full Recv-Q. Give writes a timeout: a peer that does not read holds the sender for ever.",
 };
-
-/// `idiag_timer` while a zero window is probed.
-const PERSIST: u8 = 4;
 
 pub(super) struct SlowReader;
 
@@ -51,8 +49,9 @@ impl Scenario for SlowReader {
                     Err(e) => return Err(e.into()),
                 }
             }
-            let stands = stage
-                .until("the persist timer", || stage.rows(Role::Client).ok()?.into_iter().find(|r| r.timer == PERSIST));
+            let stands = stage.until("the persist timer", || {
+                stage.rows(Role::Client).ok()?.into_iter().find(|r| r.timer == timer::PERSIST)
+            });
             stage.confirm("the window is zero: the sender's persist timer runs", stands.await.is_ok());
             stage.show().await?;
             stage.tell("server: reads at last");
