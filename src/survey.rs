@@ -18,7 +18,7 @@ use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, 
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, Role, State, StateSet};
-use tracker::Tracker;
+use tracker::{LATE, Tracker};
 
 /// One reading serves everyone for so long.
 const FRESH: Duration = Duration::from_millis(500);
@@ -201,7 +201,8 @@ impl Survey {
             interval,
             events: None,
             last: None,
-            opens: None,
+            opens_before: None,
+            missing: None,
             lost: false,
             warned: OnceAMinute::default(),
         };
@@ -233,8 +234,10 @@ struct Surveyor {
     interval: Duration,
     events: Option<DestroyEvents>,
     last: Option<(Instant, Option<Arc<Reading>>)>,
-    /// The kernel's count of opens after the first reading, and after the last one.
-    opens: Option<(u64, u64)>,
+    /// The kernel's count of opens after the first reading.
+    opens_before: Option<u64>,
+    /// How many were missing at least since then.
+    missing: Option<(Instant, u64)>,
     /// Events were lost since then.
     lost: bool,
     warned: OnceAMinute,
@@ -297,9 +300,10 @@ impl Surveyor {
     }
 
     fn read(&mut self) {
+        let opened = opens().ok();
         // What was freed before the table is read is not in it.
         self.hear();
-        let reading = match self.read_now() {
+        let reading = match self.read_now(opened) {
             Ok(reading) => Some(Arc::new(reading)),
             Err(error) => {
                 self.failed(&error);
@@ -309,7 +313,7 @@ impl Surveyor {
         self.last = Some((Instant::now(), reading));
     }
 
-    fn read_now(&mut self) -> Result<Reading, TableError> {
+    fn read_now(&mut self, opened: Option<u64>) -> Result<Reading, TableError> {
         let began = Instant::now();
         let mut listening: BTreeMap<u16, Queue> = BTreeMap::new();
         self.table.each(&Wanted::new(StateSet::of(&[State::Listen]), &[], &[]), |row| {
@@ -323,19 +327,20 @@ impl Surveyor {
         let now = clock::monotonic();
         let tracker = &mut self.tracker;
         tracker.begin(now, listening);
-        let interrupted =
-            self.table.each(&Wanted::new(StateSet::of(&State::ALL), &[], &[]), |row: &Row| tracker.row(row))?;
+        let everything = Wanted::new(StateSet::of(&State::ALL), &[], &[]);
+        let interrupted = self.table.each(&everything, |row: &Row| tracker.row(row, clock::monotonic()))?;
         if interrupted {
             // Rows may be missing: nobody is gone for that, so they are looked for once more.
             self.metrics.observer().interrupted.inc();
-            self.table.each(&Wanted::new(StateSet::of(&State::ALL), &[], &[]), |row| tracker.row(row))?;
+            self.table.each(&everything, |row| tracker.row(row, clock::monotonic()))?;
         }
         if tracker.wants_ages() {
             let left_by_peer = Wanted::new(StateSet::of(&[State::CloseWait]), &[], &[]).with_last_ack();
-            self.table.each(&left_by_peer, |row| tracker.age(row))?;
+            self.table.each(&left_by_peer, |row| tracker.age(row, clock::monotonic()))?;
         }
         let (services, stays) = tracker.finish();
-        self.count_missed();
+        self.hear();
+        self.count_missed(opened);
         for Stay { service, state, time } in stays {
             self.metrics.stay(service.role.label(), &service.port.to_string(), state.label(), time);
         }
@@ -351,16 +356,21 @@ impl Surveyor {
     }
 
     /// After a loss, and where there are no events, the kernel's own count of opens says how many connections nobody has
-    /// told us of.
-    fn count_missed(&mut self) {
-        let Ok(now) = opens() else { return };
-        let (first, last) = self.opens.unwrap_or((now, now));
-        self.opens = Some((first, now));
-        if self.lost || self.events.is_none() {
-            // Of those that were opened since the last reading, the kernel's word may still be on its way: they are asked
-            // for at the next one. A counter takes nothing back.
-            let missing = last.saturating_sub(first).saturating_sub(self.tracker.opened());
-            self.metrics.missed.inc_by(missing.saturating_sub(self.metrics.missed.get()));
+    /// told us of; `opened` is that count at the beginning of this reading.
+    fn count_missed(&mut self, opened: Option<u64>) {
+        let Some(first) = self.opens_before.or_else(|| opens().ok()) else { return };
+        self.opens_before = Some(first);
+        if let (Some(opened), true) = (opened, self.lost || self.events.is_none()) {
+            // The kernel's word of an end may still be on its way, late where it has much to say: only those are that were
+            // missing all the time. A counter takes nothing back.
+            let now = Instant::now();
+            let missing = opened.saturating_sub(first).saturating_sub(self.tracker.opened());
+            let (since, least) = self.missing.map_or((now, missing), |(since, least)| (since, least.min(missing)));
+            self.missing = Some((since, least));
+            if now.duration_since(since) >= LATE {
+                self.metrics.missed.inc_by(least.saturating_sub(self.metrics.missed.get()));
+                self.missing = None;
+            }
         }
     }
 

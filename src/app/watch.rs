@@ -29,6 +29,8 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
     let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;
+    // Whatever comes after this is new: so nobody is told that it watches before.
+    survey.read().await;
     let readiness = Readiness::new(metrics.ready.clone());
     let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
     match config.mode {

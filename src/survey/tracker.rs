@@ -14,6 +14,9 @@ use crate::kernel::{Row, TIME_WAIT};
 use crate::metrics::TOLD;
 use crate::tcp::{Flow, Role, State};
 
+/// For how long the kernel's word of an end may be under way.
+pub(super) const LATE: Duration = Duration::from_secs(10);
+
 /// One socket, as long as the table shows it.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
@@ -28,6 +31,8 @@ struct Seen {
     counted: bool,
     /// Its full socket is gone; what may be left is a minisocket.
     freed: bool,
+    /// First and last seen.
+    born: u32,
     round: u32,
     flow: Flow,
     inode: u32,
@@ -48,22 +53,24 @@ impl Seen {
 pub(super) struct Tracker {
     selection: Selection,
     listening: BTreeMap<u16, Queue>,
-    /// Ports that somebody listened on and that have sockets left.
-    served: BTreeSet<u16>,
+    /// Ports that somebody listens on, or listened on and that have sockets left; and in which round that was seen first.
+    served: BTreeMap<u16, u32>,
     seen: HashMap<u64, Seen>,
     sights: BTreeMap<Service, Sight>,
     /// Opened and closed since the start.
     totals: BTreeMap<Service, (u64, u64)>,
     pairs: HashMap<(IpAddr, SocketAddr), u32>,
     stays: Vec<Stay>,
+    /// Those that are gone before the kernel said so, and since when: its word may come, and they are counted.
+    gone: HashMap<u64, Duration>,
     /// Rows in CLOSE of this round. A descriptor that is still open shows as CLOSE beside its own TIME_WAIT, and before it:
     /// these rows are looked at last.
     closed: Vec<Row>,
     /// What was freed since the last reading and was of no listener then.
     undecided: Vec<Flow>,
     round: u32,
-    /// Whether the table was read to its end once: what is new since then was opened since then.
-    complete: bool,
+    /// The round in which the table was read to its end for the first time: what is new since then was opened since then.
+    first: u32,
     now: Duration,
     /// CLOSE_WAIT whose beginning the kernel has not told us yet.
     unaged: u64,
@@ -74,16 +81,17 @@ impl Tracker {
         Tracker {
             selection,
             listening: BTreeMap::new(),
-            served: BTreeSet::new(),
+            served: BTreeMap::new(),
             seen: HashMap::new(),
             sights: BTreeMap::new(),
             totals: BTreeMap::new(),
             pairs: HashMap::new(),
             stays: Vec::new(),
+            gone: HashMap::new(),
             closed: Vec::new(),
             undecided: Vec::new(),
             round: 0,
-            complete: false,
+            first: u32::MAX,
             now: Duration::ZERO,
             unaged: 0,
         }
@@ -96,7 +104,9 @@ impl Tracker {
         self.unaged = 0;
         self.closed.clear();
         self.sights.clear();
-        self.served.extend(listening.keys());
+        for port in listening.keys() {
+            self.served.entry(*port).or_insert(self.round);
+        }
         self.listening = listening;
         for flow in std::mem::take(&mut self.undecided) {
             if let Some(service) = self.service_of(&flow) {
@@ -104,7 +114,7 @@ impl Tracker {
             }
         }
         // Present at zero: whoever listens, and whoever was asked for.
-        let servers = self.served.iter().map(|port| Service { role: Role::Server, port: Port::Number(*port) });
+        let servers = self.served.keys().map(|port| Service { role: Role::Server, port: Port::Number(*port) });
         let named = self.selection.remote.iter().map(|port| Port::Number(*port)).chain([Port::Other]);
         let clients = named.map(|port| Service { role: Role::Client, port });
         for service in servers.chain(clients).filter(|service| self.selection.takes(*service)) {
@@ -113,33 +123,42 @@ impl Tracker {
         // Whoever is left out is counted all the same: only then it can be said how many are missing.
     }
 
-    /// A socket that the table shows; one that it shows twice counts once.
-    pub(super) fn row(&mut self, row: &Row) {
+    /// A socket that the table shows, and when; one that it shows twice counts once.
+    pub(super) fn row(&mut self, row: &Row, at: Duration) {
         if row.state == State::Close {
             self.closed.push(*row);
         } else {
-            self.place(row);
+            self.place(row, at);
         }
     }
 
-    fn place(&mut self, row: &Row) {
+    fn place(&mut self, row: &Row, at: Duration) {
+        // It listens since the list of listeners was read. The kernel shows those first: whom it accepted comes after it.
+        if row.state == State::Listen && !self.served.contains_key(&row.flow.local.port()) {
+            self.served.insert(row.flow.local.port(), self.round);
+            let service = Service { role: Role::Server, port: Port::Number(row.flow.local.port()) };
+            if self.selection.takes(service) {
+                self.sights.entry(service).or_default();
+            }
+        }
         // Listeners were read before; one that was never bound has no port.
         let Some(service) = self.service_of(&row.flow).filter(|_| row.flow.local.port() != 0) else { return };
         let mini = row.is_minisocket();
         // Neither listeners nor what is only bound, nor the kernel's note of a SYN.
         let connection = row.flow.peer.port() != 0 && !(row.state == State::SynRecv && row.inode == 0);
-        let first = !self.complete;
-        let (age, at_least) = match row.state {
-            State::TimeWait => (TIME_WAIT.saturating_sub(row.expires), false),
-            _ => (Duration::ZERO, first),
+        let first = self.first == u32::MAX;
+        let (since, at_least) = match row.state {
+            State::TimeWait => (at.saturating_sub(TIME_WAIT.saturating_sub(row.expires)), false),
+            _ => (self.now, first),
         };
         let fresh = Seen {
             service,
             state: row.state,
-            since: self.now.saturating_sub(age),
+            since,
             at_least,
             counted: first && connection,
             freed: first && mini,
+            born: self.round,
             round: self.round,
             flow: row.flow.canonical(),
             inode: row.inode,
@@ -160,6 +179,18 @@ impl Tracker {
                 } else if entered {
                     self.stays.extend(left(seen, self.now));
                     (seen.state, seen.since, seen.at_least) = (fresh.state, fresh.since, false);
+                }
+                // It was accepted while the last reading was under way, whose list of listeners was older.
+                let since = self.served.get(&row.flow.local.port());
+                if seen.service != service
+                    && since.is_some_and(|since| *since == seen.born + 1)
+                    && self.first < seen.born
+                {
+                    if seen.counted {
+                        self.totals.entry(seen.service).and_modify(|(opened, _)| *opened = opened.saturating_sub(1));
+                        self.totals.entry(service).or_default().0 += 1;
+                    }
+                    seen.service = service;
                 }
                 (seen.round, seen.flow, seen.inode) = (fresh.round, fresh.flow, fresh.inode);
                 seen
@@ -186,10 +217,10 @@ impl Tracker {
         self.unaged > 0
     }
 
-    /// A socket in CLOSE_WAIT and the time since its last ACK: the FIN was one, so that it is at least so old.
-    pub(super) fn age(&mut self, row: &Row) {
+    /// A socket in CLOSE_WAIT and, at this moment, the time since its last ACK: the FIN was one, so that it is at least so old.
+    pub(super) fn age(&mut self, row: &Row, at: Duration) {
         let (Some(age), Some(seen)) = (row.last_ack, self.seen.get_mut(&key(row))) else { return };
-        let since = self.now.saturating_sub(age);
+        let since = at.saturating_sub(age);
         if seen.state == State::CloseWait {
             seen.since = seen.since.min(since);
         }
@@ -203,10 +234,11 @@ impl Tracker {
         let Some(service) = self.service_of(flow) else { return };
         match self.seen.get_mut(&cookie) {
             Some(seen) => seen.free(&mut self.totals),
+            None if self.gone.remove(&cookie).is_some() => {}
             // It lived between two readings. A minisocket that goes on under its cookie is not counted again.
-            None if self.complete && service.role == Role::Server => self.passed(service),
+            None if self.first != u32::MAX && service.role == Role::Server => self.passed(service),
             // Perhaps of a listener that is newer than the last reading: the next one tells.
-            None if self.complete => self.undecided.push(*flow),
+            None if self.first != u32::MAX => self.undecided.push(*flow),
             // It may have been there before us.
             None => {}
         }
@@ -221,17 +253,19 @@ impl Tracker {
     /// The reading is complete: whoever it has not shown is gone.
     pub(super) fn finish(&mut self) -> (BTreeMap<Service, Sight>, Vec<Stay>) {
         for row in std::mem::take(&mut self.closed) {
-            self.place(&row);
+            self.place(&row, self.now);
         }
-        self.complete = true;
+        self.first = self.first.min(self.round);
         self.pairs.clear();
         let (now, round) = (self.now, self.round);
         let mut held = BTreeSet::new();
-        self.seen.retain(|_, seen| {
+        self.gone.retain(|_, since| now.saturating_sub(*since) < LATE);
+        self.seen.retain(|cookie, seen| {
             if seen.round != round {
                 self.stays.extend(left(seen, now));
-                if seen.counted {
+                if seen.counted && !seen.freed {
                     seen.free(&mut self.totals);
+                    self.gone.insert(*cookie, now);
                 }
                 return false;
             }
@@ -258,14 +292,14 @@ impl Tracker {
         for (service, sight) in &mut self.sights {
             (sight.opened, sight.closed) = self.totals.get(service).copied().unwrap_or_default();
         }
-        self.served.retain(|port| self.listening.contains_key(port) || held.contains(port));
+        self.served.retain(|port, _| self.listening.contains_key(port) || held.contains(port));
         self.stays.retain(|stay| self.sights.contains_key(&stay.service));
         (std::mem::take(&mut self.sights), std::mem::take(&mut self.stays))
     }
 
     /// How many connections were opened since the survey began, as far as they were seen.
     pub(super) fn opened(&self) -> u64 {
-        self.totals.values().map(|(opened, _)| opened).sum()
+        self.totals.values().map(|(opened, _)| opened).sum::<u64>() + self.undecided.len() as u64
     }
 
     /// The fullest pairs of a local address and a destination, and how many local ports each has taken.
@@ -294,10 +328,10 @@ impl Tracker {
     }
 
     fn service_of(&self, flow: &Flow) -> Option<Service> {
-        let service = if self.served.contains(&flow.local.port()) {
+        let service = if self.served.contains_key(&flow.local.port()) {
             Service { role: Role::Server, port: Port::Number(flow.local.port()) }
         } else if flow.peer.port() == 0 {
-            return None; // listens since the list of listeners was read
+            return None; // bound only
         } else {
             let named = self.selection.remote.contains(&flow.peer.port()) || self.selection.is_own(flow);
             let port = if named { Port::Number(flow.peer.port()) } else { Port::Other };
@@ -412,7 +446,7 @@ mod tests {
             self.1 += SECOND;
             self.0.begin(self.1, ports.iter().map(|port| (*port, Queue::default())).collect());
             for row in rows {
-                self.0.row(row);
+                self.0.row(row, self.1);
             }
             self.0.finish()
         }
@@ -450,12 +484,13 @@ mod tests {
         rows.push(row(61, Close, "0.0.0.0:80", "0.0.0.0:0"));
         // Not even bound.
         rows.push(row(62, Close, "0.0.0.0:0", "0.0.0.0:0"));
-        // Has listened since the listeners were read.
+        // Has listened since the listeners were read, and accepted.
         rows.push(row(63, Listen, "0.0.0.0:81", "0.0.0.0:0"));
+        rows.push(row(64, Established, "10.0.0.1:81", "10.0.0.2:5"));
         let (sights, stays) = readings.see(&[80, 8080], &rows);
         assert_eq!(
             sights.keys().copied().collect::<Vec<_>>(),
-            [server(80), server(8080), client(443), client(5432), OTHER],
+            [server(80), server(81), server(8080), client(443), client(5432), OTHER],
             "present at zero: who listens, and who was named"
         );
         let of_80 = [
@@ -473,6 +508,7 @@ mod tests {
         assert_eq!(counts(&sights[&server(80)]), of_80);
         assert_eq!(counts(&sights[&client(443)]), [(Established, 1), (SynSent, 1), (TimeWait, 1)]);
         assert_eq!(counts(&sights[&OTHER]), [(Established, 2)]);
+        assert_eq!(counts(&sights[&server(81)]), [(Established, 1), (Listen, 1)]);
         assert!(counts(&sights[&server(8080)]).is_empty() && counts(&sights[&client(5432)]).is_empty());
         assert!(sights[&server(80)].queue.is_some() && sights[&client(443)].queue.is_none());
         for sight in sights.values() {
@@ -576,6 +612,7 @@ mod tests {
             ("the same, the other way round", &[Ok(&[full]), Ok(&[accepted(7, Close), mini]), Err(7), Ok(&[])]),
             ("orphan, then TIME_WAIT", &[Ok(&[full]), Err(7), Ok(&[fin_wait2]), Ok(&[mini]), Ok(&[])]),
             ("orphan that nobody saw before", &[Err(7), Ok(&[fin_wait2]), Ok(&[])]),
+            ("seen, gone, and then the event", &[Ok(&[full]), Ok(&[]), Err(7), Ok(&[])]),
             ("the event comes twice", &[Ok(&[full]), Err(7), Err(7), Ok(&[])]),
         ];
         for (what, steps) in steps {
@@ -643,6 +680,7 @@ mod tests {
         readings.see(&[], &[]);
         let bound = row(1, Established, "10.0.0.1:80", "10.0.0.9:443");
         assert_eq!(readings.see(&[], &[bound]).0[&OTHER].opened, 1);
+        readings.see(&[], &[bound]);
         // Somebody begins to listen on that port, on another address.
         let (sights, _) = readings.see(&[80], &[bound, row(2, Listen, "10.0.0.2:80", "0.0.0.0:0")]);
         assert_eq!(
@@ -653,6 +691,20 @@ mod tests {
         let (sights, _) = readings.see(&[80], &[]);
         let told = |service| (sights[&service].opened, sights[&service].closed);
         assert_eq!((told(OTHER), told(server(80))), ((1, 1), (0, 0)), "opened and closed are of the same service");
+    }
+
+    #[test]
+    fn whom_a_new_listener_accepted_while_the_table_was_read_is_its_own() {
+        let mut readings = Readings::new();
+        readings.see(&[], &[]);
+        let early = accepted(1, Established);
+        let (sights, _) = readings.see(&[], &[early]);
+        assert_eq!((sights[&OTHER].count(Established), sights[&OTHER].opened), (1, 1), "nobody listens there yet");
+        let (sights, _) = readings.see(&[80], &[listener(2), early]);
+        let told = |service| (sights[&service].count(Established), sights[&service].opened);
+        assert_eq!((told(OTHER), told(server(80))), ((0, 0), (1, 1)));
+        readings.freed(&early);
+        assert_eq!(readings.totals(&[listener(2)]), (1, 1));
     }
 
     #[test]
@@ -692,7 +744,7 @@ mod tests {
     fn a_first_reading_that_fails_is_none() {
         let mut readings = Readings::new();
         readings.0.begin(SECOND, BTreeMap::from([(80, Queue::default())]));
-        readings.0.row(&accepted(1, Established));
+        readings.0.row(&accepted(1, Established), SECOND);
         // What comes next is read to the end: all of it was there before us.
         assert_eq!(
             readings.totals(&[accepted(1, Established), accepted(2, Established), accepted(3, TimeWait)]),
@@ -700,7 +752,7 @@ mod tests {
         );
         // A later one that fails takes nothing away.
         readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
-        readings.0.row(&accepted(1, Established));
+        readings.0.row(&accepted(1, Established), SECOND);
         assert_eq!(
             readings.totals(&[accepted(1, Established), accepted(2, Established), accepted(4, Established)]),
             (1, 0)
@@ -735,12 +787,12 @@ mod tests {
             readings.1 += SECOND;
             readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
             for row in rows {
-                readings.0.row(row);
+                readings.0.row(row, readings.1);
             }
             let wanted = readings.0.wants_ages();
             if wanted {
                 for row in acks {
-                    readings.0.age(row);
+                    readings.0.age(row, readings.1);
                 }
             }
             (wanted, readings.0.finish().0[&server(80)].oldest(CloseWait))
@@ -777,6 +829,22 @@ mod tests {
         let mut readings = Readings::new();
         see(&mut readings, &[accepted(1, LastAck), accepted(2, CloseWait)], &[heard(accepted(1, LastAck), 50)]);
         assert_eq!(readings.0.oldest(LastAck, 9)[0].age, Duration::ZERO);
+    }
+
+    #[test]
+    fn a_reading_that_takes_long_makes_nobody_older() {
+        let mut readings = Readings::new();
+        readings.1 += SECOND;
+        readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
+        // Read 300 ms after the beginning: what the kernel says is of then.
+        let at = readings.1 + Duration::from_millis(300);
+        let (waiting, leak) = (Row { expires: 50 * SECOND, ..accepted(1, TimeWait) }, accepted(2, CloseWait));
+        readings.0.row(&waiting, at);
+        readings.0.row(&leak, at);
+        readings.0.age(&Row { last_ack: Some(20 * SECOND), ..leak }, at);
+        let (sights, _) = readings.0.finish();
+        let oldest = |state| sights[&server(80)].oldest(state).0;
+        assert_eq!([oldest(TimeWait), oldest(CloseWait)], [9700, 19_700].map(Duration::from_millis));
     }
 
     #[test]
@@ -963,6 +1031,10 @@ mod tests {
         }
         let (sights, _) = readings.see(&[80], &there);
         assert_eq!((sights[&server(80)].opened, sights[&server(80)].closed), (150_000, 150_000));
+        for _ in 0..10 {
+            readings.see(&[80], &there);
+        }
+        assert!(readings.0.gone.is_empty(), "their events would have come by now");
         let Tracker { seen, stays, closed, pairs, served, totals, .. } = &readings.0;
         assert_eq!(
             (seen.len(), stays.len(), closed.len(), pairs.len(), served.len(), totals.len()),
@@ -1011,7 +1083,7 @@ mod tests {
                 }
                 let (sights, _) = readings.see(&[80], &rows);
                 for row in &rows {
-                    readings.0.age(row);
+                    readings.0.age(row, readings.1);
                 }
                 let counted: u64 = sights.values().flat_map(|sight| sight.counts).sum();
                 prop_assert!(counted >= shown.len() as u64, "{counted} of {}", shown.len());

@@ -16,4 +16,5 @@ mod modes;
 mod pair;
 mod support;
 mod trace;
+mod watch;
 mod web;
