@@ -8,7 +8,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::afterlife::Tally;
 use crate::journal::Journal;
+use crate::kernel::tracepoints::TraceError;
 use crate::kernel::{Observer, Row, TIME_WAIT, Table, TableError, Wanted, clock, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::{ObserverMetrics, TableGauges};
@@ -103,15 +105,21 @@ pub struct Census {
     left_by_peer: Wanted,
     /// The last reading, or that it failed, and when.
     cached: tokio::sync::Mutex<Option<(Instant, Option<Arc<Reading>>)>>,
+    /// The kernel's own counts, where it keeps them.
+    tally: Option<Arc<Tally>>,
+    listeners: Wanted,
     metrics: ObserverMetrics,
     warned: OnceAMinute,
 }
 
 impl Census {
-    /// A census of `scope` by `table`; ages come from the journal's ledger.
+    /// A census of `scope` by `table`, with ages from the journal's ledger; or by the kernel's own counts, if it keeps them,
+    /// and by the table for the rest.
     #[must_use]
-    pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table) -> Census {
-        let metrics = journal.metrics().observer(table.observer(), "census");
+    pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table, tally: Option<Arc<Tally>>) -> Census {
+        let observer = if tally.is_some() { Observer::Ebpf } else { table.observer() };
+        let metrics = journal.metrics().observer(observer, "census");
+        let listeners = scope.wanted(StateSet::of(&[State::Listen]));
         let every = scope.wanted(StateSet::of(&State::ALL));
         let left_by_peer = scope.wanted(StateSet::of(&[State::CloseWait])).with_last_ack();
         Census {
@@ -121,6 +129,8 @@ impl Census {
             every,
             left_by_peer,
             cached: tokio::sync::Mutex::default(),
+            tally,
+            listeners,
             metrics,
             warned: OnceAMinute::default(),
         }
@@ -185,7 +195,38 @@ impl Census {
         Ok(found)
     }
 
-    fn read_now(&self) -> Result<Reading, TableError> {
+    fn read_now(&self) -> Result<Reading, CensusError> {
+        match &self.tally {
+            None => Ok(self.read_table()?),
+            Some(tally) => self.read_tally(tally),
+        }
+    }
+
+    /// What the kernel has counted; of its table, the listeners only, for their queues.
+    fn read_tally(&self, tally: &Tally) -> Result<Reading, CensusError> {
+        let began = Instant::now();
+        let mut count = Count::new(&self.scope);
+        {
+            let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            table.each(&self.listeners, |row| count.add(row))?;
+        }
+        let now = clock::monotonic();
+        for (service, sum) in count.services.iter_mut().zip(tally.sums(self.scope.services().len())?) {
+            service.counts = sum.counts;
+            service.oldest = sum.since.map(|since| since.map(|since| now.saturating_sub(since)));
+        }
+        let targets = &count.targets;
+        tally.each_pair(|local, peer, sockets| {
+            if targets.contains_key(&peer) {
+                count.pairs.insert((local, peer), sockets);
+            }
+        });
+        let took = began.elapsed();
+        self.metrics.duration.observe(took.as_secs_f64());
+        Ok(count.finish(&Ages::new(), Observer::Ebpf, took))
+    }
+
+    fn read_table(&self) -> Result<Reading, TableError> {
         let began = Instant::now();
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let mut count = Count::new(&self.scope);
@@ -207,6 +248,15 @@ impl Census {
         self.metrics.duration.observe(took.as_secs_f64());
         Ok(count.finish(&oldest, observer, took))
     }
+}
+
+/// Why there is no reading.
+#[derive(Debug, thiserror::Error)]
+enum CensusError {
+    #[error(transparent)]
+    Table(#[from] TableError),
+    #[error(transparent)]
+    Tally(#[from] TraceError),
 }
 
 /// What the ledger knows: the age of the oldest in each state, and how many it knows.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use prometheus::IntCounter;
 
-use super::{EndAll, open_table};
+use super::EndAll;
+use super::eyes::open_table;
 use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};

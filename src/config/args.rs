@@ -52,7 +52,8 @@ pub(super) struct GlobalArgs {
         global = true
     )]
     pub(super) log_format: LogFormat,
-    /// How to read the kernel's socket table; auto: the best permitted.
+    /// Who sees what the sockets do: the kernel's own announcements (ebpf: CAP_BPF and CAP_PERFMON), its socket table by
+    /// netlink (sock_diag) or as text (procfs); auto: the best permitted.
     #[arg(long, env = "ECHOSCOPE_OBSERVER", default_value = "auto", global = true)]
     pub(super) observer: ObserverArg,
     /// How many closed connections to follow to their end at once (about 700 bytes each); 0: none.
@@ -299,6 +300,7 @@ pub(super) enum LogFormat {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum ObserverArg {
     Auto,
+    Ebpf,
     #[value(name = "sock_diag")]
     SockDiag,
     Procfs,
@@ -308,6 +310,7 @@ impl From<ObserverArg> for Option<Observer> {
     fn from(arg: ObserverArg) -> Option<Observer> {
         match arg {
             ObserverArg::Auto => None,
+            ObserverArg::Ebpf => Some(Observer::Ebpf),
             ObserverArg::SockDiag => Some(Observer::SockDiag),
             ObserverArg::Procfs => Some(Observer::Procfs),
         }

@@ -146,10 +146,11 @@ impl ObserverFamilies {
     /// Those of one use of the table: `census`, `follow` or `survey`.
     pub(super) fn of(&self, observer: Observer, what: &str) -> ObserverMetrics {
         let labels = &[observer.label(), what];
+        let events = if observer == Observer::Ebpf { "tracepoint" } else { "destroy" };
         ObserverMetrics {
             duration: self.duration.with_label_values(labels),
             errors: self.errors.with_label_values(labels),
-            lost_events: self.lost_events.with_label_values(&[observer.label(), "destroy"]),
+            lost_events: self.lost_events.with_label_values(&[observer.label(), events]),
             interrupted: self.lost_events.with_label_values(&[observer.label(), "dump"]),
         }
     }
