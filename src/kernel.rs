@@ -11,6 +11,7 @@ mod opens;
 pub mod owners;
 pub mod ports;
 mod procfs;
+mod queue;
 mod row;
 mod sock_diag;
 pub mod sockopt;
@@ -21,6 +22,7 @@ mod wire;
 
 pub use error::{LineError, TableError};
 pub use opens::opens;
+pub use queue::AcceptQueue;
 pub use row::{Row, TIME_WAIT, Wanted, timer};
 pub use sock_diag::{DestroyEvents, Destroyed};
 pub use table::{Observer, Table};

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use prometheus::IntCounter;
 
 use super::{EndAll, open_table};
@@ -12,11 +12,29 @@ use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
-use crate::watch::{Severity, Thresholds, Watch};
+use crate::watch::{Thresholds, Watch};
 use crate::web::{self, Readiness};
+
+/// What a check exits with that could not look: neither well nor wrong (Nagios: UNKNOWN).
+const UNKNOWN: u8 = 3;
 
 /// Watches as it was told to; returns the exit code.
 pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
+    let (mode, output) = (config.mode, config.output);
+    match watch(config, common, log_lost).await {
+        Err(error) if mode == WatchMode::Once => {
+            // Where a monitor looks for the answer; a script that wants JSON gets none.
+            match output {
+                Output::Text => writeln!(std::io::stdout(), "UNKNOWN {error:#}").context("print")?,
+                Output::Json => tracing::error!(error = format!("{error:#}"), "nothing is known"),
+            }
+            Ok(UNKNOWN)
+        }
+        ended => ended,
+    }
+}
+
+async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
     let drain = DrainConfig { delay: Duration::ZERO, timeout: Duration::from_secs(5) };
     let stop = Stop::new();
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
@@ -30,7 +48,8 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;
     // Whatever comes after this is new: so nobody is told that it watches before.
-    survey.read().await;
+    // Whether it can be read is told by whoever asks.
+    let _ = survey.read().await;
     let readiness = Readiness::new(metrics.ready.clone());
     let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
     match config.mode {
@@ -66,15 +85,16 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
 
 /// Prints one reading; returns how bad it is.
 async fn print(watch: &Watch, output: Output, before: &str) -> anyhow::Result<u8> {
-    let told = match output {
-        Output::Text => watch.table().await.map(|(text, severity)| (text.into_bytes(), severity)),
-        Output::Json => watch.json().await.map(|(mut json, severity)| {
+    let look = watch.look().await.context("read the kernel's socket table")?;
+    let text = match output {
+        Output::Text => look.text().into_bytes(),
+        Output::Json => {
+            let mut json = look.json().map_err(|_| anyhow!("encode the reading"))?;
             json.push(b'\n');
-            (json, severity)
-        }),
+            json
+        }
     };
-    let (text, severity): (Vec<u8>, Severity) = told.context("read the kernel's socket table")?;
     let mut out = std::io::stdout().lock();
     out.write_all(before.as_bytes()).and_then(|()| out.write_all(&text)).and_then(|()| out.flush()).context("print")?;
-    Ok(severity as u8)
+    Ok(look.severity() as u8)
 }

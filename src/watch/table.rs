@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use super::check::{Age, Finding, Severity};
 use crate::kernel::owners::{Owner, Owners};
-use crate::survey::{Reading, Service, Sight, Socket};
+use crate::survey::{Listeners, Reading, Service, Sight, Socket};
 use crate::tcp::{Role, State};
 
 /// The states that have a column of their own; the rest are added up.
@@ -31,12 +32,15 @@ pub(super) fn text(reading: &Reading, owners: &Owners, findings: &[Finding]) -> 
     }
     let mut out = String::new();
     let widths: Vec<usize> =
-        (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
+        (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].width()).max().unwrap_or(0)).collect();
     for row in &rows {
         let mut text = String::new();
         for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            // As wide as a terminal shows it, which may be two columns for a character, or none.
+            let room = " ".repeat(width - cell.width());
             // Words to the left, numbers to the right.
-            let _ = if i < 3 { write!(text, "{cell:<width$}  ") } else { write!(text, "{cell:>width$}  ") };
+            let (before, after) = if i < 3 { ("", room.as_str()) } else { (room.as_str(), "") };
+            let _ = write!(text, "{before}{cell}{after}  ");
         }
         let _ = writeln!(out, "{}", text.trim_end());
     }
@@ -58,11 +62,11 @@ fn head() -> Vec<String> {
 }
 
 fn line(service: Service, sight: &Sight, owners: &Owners) -> Vec<String> {
-    let owner = sight.queue.and_then(|queue| owners.get(&queue.inode));
+    let names: Vec<&str> = super::names(sight, owners).collect();
     let mut cells = vec![
         if service.role == Role::Server { "in" } else { "out" }.to_owned(),
         service.port.to_string(),
-        owner.map_or("-".to_owned(), |owner| owner.name.clone()),
+        if names.is_empty() { "-".to_owned() } else { names.join(", ") },
     ];
     cells.extend(COLUMNS.map(|(state, _)| sight.count(state).to_string()));
     let named = |state: &State| *state == State::Listen || COLUMNS.iter().any(|(column, _)| column == state);
@@ -72,8 +76,10 @@ fn line(service: Service, sight: &Sight, owners: &Owners) -> Vec<String> {
         0 => "-".to_owned(),
         _ => format!("{}{}", if at_least { "≥ " } else { "" }, Age(age)),
     });
-    cells.push(match sight.queue {
-        Some(queue) => format!("{}/{}", queue.length, queue.limit.map_or("?".to_owned(), |limit| limit.to_string())),
+    cells.push(match &sight.listeners {
+        Some(Listeners { queue, .. }) => {
+            format!("{}/{}", queue.length, queue.limit.map_or("?".to_owned(), |limit| limit.to_string()))
+        }
         None => "-".to_owned(),
     });
     cells.extend([sight.opened.to_string(), sight.closed.to_string()]);
@@ -96,6 +102,7 @@ pub(super) struct Sockets<'a> {
 struct ServiceJson<'a> {
     role: &'static str,
     port: String,
+    /// Where several listen on the port, that of the fullest accept queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     process: Option<Process<'a>>,
     sockets: BTreeMap<&'static str, u64>,
@@ -121,6 +128,7 @@ impl<'a> Process<'a> {
     }
 }
 
+/// Of the listener whose queue is fullest.
 #[derive(Serialize)]
 struct QueueJson {
     length: u32,
@@ -140,7 +148,7 @@ impl<'a> Sockets<'a> {
         let services = reading.services.iter().map(|(service, sight)| ServiceJson {
             role: service.role.label(),
             port: service.port.to_string(),
-            process: sight.queue.and_then(|queue| owners.get(&queue.inode)).map(Process::of),
+            process: sight.listeners.as_ref().and_then(|l| owners.get(&l.queue.inode)).map(Process::of),
             sockets: State::ALL.map(|state| (state.label(), sight.count(state))).into(),
             oldest_seconds: State::ALL
                 .into_iter()
@@ -152,7 +160,8 @@ impl<'a> Sockets<'a> {
                 .filter(|state| held(state, sight) && sight.oldest(*state).1)
                 .map(State::label)
                 .collect(),
-            accept_queue: sight.queue.map(|queue| QueueJson { length: queue.length, limit: queue.limit }),
+            accept_queue: (sight.listeners.as_ref())
+                .map(|Listeners { queue, .. }| QueueJson { length: queue.length, limit: queue.limit }),
             opened: sight.opened,
             closed: sight.closed,
         });
