@@ -18,11 +18,15 @@ pub use reading::{Listeners, Port, Reading, Selection, Service, Sight, Socket, S
 use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, Wanted, clock, opens, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
-use crate::tcp::{State, StateSet};
+use crate::tcp::{Flow, State, StateSet};
 use tracker::{LATE, Tracker};
 
 /// One reading serves everyone for so long.
 const FRESH: Duration = Duration::from_millis(500);
+
+/// After how many rows of a reading, a millisecond or less, what the kernel frees meanwhile is listened to: where
+/// net.core.rmem_max is what it mostly is, a few hundred words of it fit.
+const ROWS: u64 = 512;
 
 /// How many pairs of addresses are told of.
 const FULLEST: usize = 10;
@@ -58,7 +62,7 @@ impl Survey {
             table,
             metrics,
             interval,
-            events: None,
+            ears: None,
             last: None,
             opens_before: None,
             missing: None,
@@ -90,12 +94,29 @@ impl Survey {
     }
 }
 
+/// The kernel's announcements. What comes while the table is read is kept until that is over: a row that was on its way
+/// to us before its socket was freed must not seem to be another one.
+struct Ears {
+    events: DestroyEvents,
+    heard: Vec<(u64, Flow)>,
+    /// Some did not fit.
+    lost: bool,
+}
+
+impl Ears {
+    fn listen(&mut self) -> Result<(), TableError> {
+        let heard = &mut self.heard;
+        self.lost |= self.events.drain(|Destroyed { cookie, flow, .. }| heard.push((cookie, flow)))?;
+        Ok(())
+    }
+}
+
 struct Surveyor {
     tracker: Tracker,
     table: Table,
     metrics: Arc<SurveyMetrics>,
     interval: Duration,
-    events: Option<DestroyEvents>,
+    ears: Option<Ears>,
     last: Option<(Instant, Answer)>,
     /// The kernel's count of opens after the first reading.
     opens_before: Option<u64>,
@@ -111,7 +132,7 @@ impl Surveyor {
         if self.table.observer() == Observer::SockDiag {
             let listening = DestroyEvents::open().and_then(|mut events| events.join().map(|()| events));
             match listening {
-                Ok(events) => self.events = Some(events),
+                Ok(events) => self.ears = Some(Ears { events, heard: Vec::new(), lost: false }),
                 Err(error) => {
                     tracing::warn!(%error, "no destroy events: short connections between readings are missed");
                 }
@@ -121,8 +142,8 @@ impl Surveyor {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             let heard = async {
-                match &self.events {
-                    Some(events) => drop(events.readable().await),
+                match &self.ears {
+                    Some(ears) => drop(ears.events.readable().await),
                     None => std::future::pending().await,
                 }
             };
@@ -146,18 +167,20 @@ impl Surveyor {
 
     /// Takes in what the kernel freed.
     fn hear(&mut self) {
-        let Some(events) = &mut self.events else { return };
-        let tracker = &mut self.tracker;
-        match events.drain(|Destroyed { cookie, flow, .. }| tracker.freed(cookie, &flow)) {
-            Ok(false) => {}
-            Ok(true) => {
-                self.lost = true;
-                self.metrics.observer().lost_events.inc();
-                if let Some(times) = self.warned.due(clock::monotonic()) {
-                    tracing::warn!(times, "the kernel lost destroy events for us: short connections are missing");
-                }
+        let Some(ears) = &mut self.ears else { return };
+        let listened = ears.listen();
+        for (cookie, flow) in ears.heard.drain(..) {
+            self.tracker.freed(cookie, &flow);
+        }
+        if std::mem::take(&mut ears.lost) {
+            self.lost = true;
+            self.metrics.observer().lost_events.inc();
+            if let Some(times) = self.warned.due(clock::monotonic()) {
+                tracing::warn!(times, "the kernel lost destroy events for us: short connections are missing");
             }
-            Err(error) => self.failed(&error),
+        }
+        if let Err(error) = listened {
+            self.failed(&error);
         }
     }
 
@@ -181,15 +204,29 @@ impl Surveyor {
         let tracker = &mut self.tracker;
         tracker.begin(now, listening);
         let everything = Wanted::new(StateSet::of(&State::ALL), &[], &[]);
-        let interrupted = self.table.each(&everything, |row: &Row| tracker.row(row, clock::monotonic()))?;
-        if interrupted {
+        let (ears, mut rows) = (&mut self.ears, 0);
+        let mut row = |row: &Row| {
+            tracker.row(row, clock::monotonic());
+            rows += 1;
+            if rows % ROWS == 0
+                && let Some(ears) = ears
+            {
+                // If it fails, it fails again when the reading is over.
+                let _ = ears.listen();
+            }
+        };
+        if self.table.each(&everything, &mut row)? {
             // Rows may be missing: nobody is gone for that, so they are looked for once more.
             self.metrics.observer().interrupted.inc();
-            self.table.each(&everything, |row| tracker.row(row, clock::monotonic()))?;
+            self.table.each(&everything, &mut row)?;
         }
         if tracker.wants_ages() {
             let left_by_peer = Wanted::new(StateSet::of(&[State::CloseWait]), &[], &[]).with_last_ack();
             self.table.each(&left_by_peer, |row| tracker.age(row, clock::monotonic()))?;
+        }
+        // Before another while in which nobody listens.
+        if let Some(ears) = &mut self.ears {
+            let _ = ears.listen();
         }
         let (services, stays) = tracker.finish();
         self.hear();
@@ -214,7 +251,7 @@ impl Surveyor {
     fn count_missed(&mut self, opened: Option<u64>) {
         let Some(first) = self.opens_before.or_else(|| opens().ok()) else { return };
         self.opens_before = Some(first);
-        if let (Some(opened), true) = (opened, self.lost || self.events.is_none()) {
+        if let (Some(opened), true) = (opened, self.lost || self.ears.is_none()) {
             // The kernel's word of an end may still be on its way, late where it has much to say: only those are that were
             // missing all the time. A counter takes nothing back.
             let now = Instant::now();
