@@ -53,10 +53,16 @@ impl Look {
         self.findings.iter().map(|finding| finding.severity).max().unwrap_or(Severity::Ok)
     }
 
-    /// As a table.
+    /// The verdict, and the table below it: a monitor shows the first line of what a check prints.
     #[must_use]
     pub fn text(&self) -> String {
-        table::text(&self.reading, &self.owners, &self.findings)
+        table::verdict(&self.findings) + "\n" + &table::text(&self.reading, &self.owners)
+    }
+
+    /// The table, and the verdict below it: so the table stays where it is when it is drawn again.
+    #[must_use]
+    pub fn screen(&self) -> String {
+        table::text(&self.reading, &self.owners) + "\n" + &table::verdict(&self.findings)
     }
 
     /// As JSON.

@@ -12,7 +12,7 @@ use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
-use crate::watch::{Thresholds, Watch};
+use crate::watch::{Look, Thresholds, Watch};
 use crate::web::{self, Readiness};
 
 /// What a check exits with that could not look: neither well nor wrong (Nagios: UNKNOWN).
@@ -53,12 +53,15 @@ async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> any
     let readiness = Readiness::new(metrics.ready.clone());
     let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
     match config.mode {
-        WatchMode::Once => print(&watch, config.output, "").await,
+        WatchMode::Once => match config.output {
+            Output::Text => print(&watch, |look| Ok(look.text())).await,
+            Output::Json => print(&watch, json).await,
+        },
         WatchMode::Live => {
             // Home, and what is below is cleared: the table stays where it is.
             const AGAIN: &str = "\x1b[H\x1b[J";
             loop {
-                let code = print(&watch, Output::Text, AGAIN).await?;
+                let code = print(&watch, |look| Ok(AGAIN.to_owned() + &look.screen())).await?;
                 tokio::select! {
                     () = tokio::time::sleep(interval) => {}
                     () = stop.begun() => return Ok(code),
@@ -83,18 +86,16 @@ async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> any
     }
 }
 
-/// Prints one reading; returns how bad it is.
-async fn print(watch: &Watch, output: Output, before: &str) -> anyhow::Result<u8> {
+/// Prints one reading, as `show` puts it; returns how bad it is.
+async fn print(watch: &Watch, show: impl Fn(&Look) -> anyhow::Result<String>) -> anyhow::Result<u8> {
     let look = watch.look().await.context("read the kernel's socket table")?;
-    let text = match output {
-        Output::Text => look.text().into_bytes(),
-        Output::Json => {
-            let mut json = look.json().map_err(|_| anyhow!("encode the reading"))?;
-            json.push(b'\n');
-            json
-        }
-    };
+    let text = show(&look)?;
     let mut out = std::io::stdout().lock();
-    out.write_all(before.as_bytes()).and_then(|()| out.write_all(&text)).and_then(|()| out.flush()).context("print")?;
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("print")?;
     Ok(look.severity() as u8)
+}
+
+fn json(look: &Look) -> anyhow::Result<String> {
+    let json = look.json().map_err(|_| anyhow!("encode the reading"))?;
+    String::from_utf8(json).map(|json| json + "\n").context("encode the reading")
 }

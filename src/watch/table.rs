@@ -20,8 +20,20 @@ const COLUMNS: [(State, &str); 5] = [
     (State::SynRecv, "SYN-RECV"),
 ];
 
+/// What is wrong, a line each, the worst first.
+pub(super) fn verdict(findings: &[Finding]) -> String {
+    let mut out = String::new();
+    for Finding { severity, text } in findings {
+        let _ = writeln!(out, "{} {text}", if *severity == Severity::Critical { "CRITICAL" } else { "WARNING " });
+    }
+    if findings.is_empty() {
+        out.push_str("OK nothing looks wrong\n");
+    }
+    out
+}
+
 /// For a person.
-pub(super) fn text(reading: &Reading, owners: &Owners, findings: &[Finding]) -> String {
+pub(super) fn text(reading: &Reading, owners: &Owners) -> String {
     let mut rows = vec![head()];
     for (service, sight) in &reading.services {
         // Who goes out, and to where nobody goes now, is worth no line.
@@ -43,13 +55,6 @@ pub(super) fn text(reading: &Reading, owners: &Owners, findings: &[Finding]) -> 
             let _ = write!(text, "{before}{cell}{after}  ");
         }
         let _ = writeln!(out, "{}", text.trim_end());
-    }
-    out.push('\n');
-    for Finding { severity, text } in findings {
-        let _ = writeln!(out, "{} {text}", if *severity == Severity::Critical { "CRITICAL" } else { "WARNING " });
-    }
-    if findings.is_empty() {
-        out.push_str("OK nothing looks wrong\n");
     }
     out
 }

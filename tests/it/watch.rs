@@ -442,10 +442,10 @@ fn once_is_a_check() {
         assert_eq!(out.status.code(), Some(code), "{text}");
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4, "{text}");
-        assert!(lines[0].contains("PORT") && lines[0].contains("OLDEST CLOSE-WAIT"), "{text}");
-        let cells: Vec<&str> = lines[1].split_whitespace().collect();
+        assert!(lines[2].contains("PORT") && lines[2].contains("OLDEST CLOSE-WAIT"), "{text}");
+        let cells: Vec<&str> = lines[3].split_whitespace().collect();
         assert_eq!(cells[..8], ["in", &name, &leaky.name(), "0", "7", "0", "0", "0"], "{text}");
-        assert!(lines[3].starts_with(verdict), "{text}");
+        assert!(lines[0].starts_with(verdict) && lines[1].is_empty(), "a monitor shows the first line: {text}");
         assert_eq!(String::from_utf8(out.stderr).unwrap(), "", "nothing to complain of");
         let (code_of_json, reading) = once_json(&arguments);
         assert_eq!(code_of_json, Some(code));
@@ -869,9 +869,9 @@ fn a_name_cannot_write_on_the_terminal() {
         let text = String::from_utf8(out.stdout).unwrap();
         assert!(!text.chars().any(|c| c.is_control() && c != '\n') && text.lines().count() == 4, "{text:?}");
         // The next column begins where its head says.
-        let line = text.lines().nth(1).unwrap();
+        let (head, line) = (text.lines().nth(2).unwrap(), text.lines().nth(3).unwrap());
         let (before, after) = line.split_once(shown).unwrap_or_else(|| panic!("{text}"));
-        let estab = text.find("ESTAB").unwrap() + "ESTAB".len();
+        let estab = head.find("ESTAB").unwrap() + "ESTAB".len();
         let zero = before.len() + columns + after.find('0').unwrap() + 1;
         assert_eq!(zero, estab, "{text}");
         let watch = watch(&["--port", &name]);
