@@ -19,7 +19,7 @@ use crate::kernel::TableError;
 use crate::kernel::owners::{self, Owners};
 use crate::metrics::{ACCEPT_ERRORS, ServiceRow, SurveyMetrics};
 use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
-use crate::survey::{Listeners, Reading, Sight, Survey};
+use crate::survey::{Listeners, Reading, Sight, Socket, Survey};
 use crate::tcp::State;
 
 /// How often processes are searched for whoever began to listen.
@@ -27,6 +27,9 @@ const SEARCH: Duration = Duration::from_secs(5);
 
 /// How many sockets `/api/sockets?state=…` names.
 const OFFENDERS: usize = 20;
+
+/// How many of a leak are named below the table.
+const WORST: usize = 5;
 
 /// Who listens, and when that was last searched for.
 type Known = (Arc<Owners>, Option<Instant>);
@@ -44,6 +47,8 @@ pub struct Look {
     reading: Arc<Reading>,
     owners: Arc<Owners>,
     findings: Vec<Finding>,
+    /// Of a leak, those that have been there for longest, and who holds them.
+    worst: (Vec<Socket>, Owners),
 }
 
 impl Look {
@@ -56,13 +61,17 @@ impl Look {
     /// The verdict, and the table below it: a monitor shows the first line of what a check prints.
     #[must_use]
     pub fn text(&self) -> String {
-        table::verdict(&self.findings) + "\n" + &table::text(&self.reading, &self.owners)
+        table::verdict(&self.findings) + "\n" + &table::text(&self.reading, &self.owners) + &self.worst()
     }
 
     /// The table, and the verdict below it: so the table stays where it is when it is drawn again.
     #[must_use]
     pub fn screen(&self) -> String {
-        table::text(&self.reading, &self.owners) + "\n" + &table::verdict(&self.findings)
+        table::text(&self.reading, &self.owners) + "\n" + &table::verdict(&self.findings) + &self.worst()
+    }
+
+    fn worst(&self) -> String {
+        table::worst(&self.worst.0, &self.worst.1)
     }
 
     /// As JSON.
@@ -89,7 +98,19 @@ impl Watch {
         let reading = self.survey.read().await?;
         let owners = self.listeners(&reading).await;
         let findings = check::findings(&reading, &owners, self.thresholds);
-        Ok(Look { reading, owners, findings })
+        Ok(Look { reading, owners, findings, worst: Default::default() })
+    }
+
+    /// The same, and of a leak the worst by name: it takes a search of all processes.
+    ///
+    /// # Errors
+    /// When the kernel's table cannot be read.
+    pub async fn look_closely(&self) -> Result<Look, Arc<TableError>> {
+        let mut look = self.look().await?;
+        let mut oldest = self.survey.oldest(State::CloseWait, WORST).await;
+        oldest.retain(|socket| socket.age >= self.thresholds.warn);
+        look.worst = with_owners(oldest).await;
+        Ok(look)
     }
 
     /// Who listens, as far as that may be known. Whoever is known is asked whether he still does: a socket may outlive the
@@ -137,6 +158,16 @@ impl Watch {
     }
 }
 
+/// Sockets, and who holds them, as far as that may be known.
+async fn with_owners(sockets: Vec<Socket>) -> (Vec<Socket>, Owners) {
+    let inodes: BTreeSet<u32> = sockets.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
+    if inodes.is_empty() {
+        return (sockets, Owners::new());
+    }
+    let owners = tokio::task::spawn_blocking(move || owners::of(&inodes)).await.unwrap_or_default();
+    (sockets, owners)
+}
+
 /// The names of those who listen, each once.
 fn names<'a>(sight: &Sight, owners: &'a Owners) -> impl Iterator<Item = &'a str> {
     let inodes = sight.listeners.iter().flat_map(|listeners| &listeners.inodes);
@@ -164,9 +195,7 @@ impl Source for Watch {
             let state = query.strip_prefix("state=").and_then(State::named);
             let state = state.ok_or(NoAnswer::Question("known: state=NAME, as in state=close_wait\n"))?;
             self.survey.read().await.map_err(|_| UNREADABLE)?;
-            let oldest = self.survey.oldest(state, OFFENDERS).await;
-            let inodes: BTreeSet<u32> = oldest.iter().map(|socket| socket.inode).filter(|inode| *inode != 0).collect();
-            let owners = tokio::task::spawn_blocking(move || owners::of(&inodes)).await.unwrap_or_default();
+            let (oldest, owners) = with_owners(self.survey.oldest(state, OFFENDERS).await).await;
             json(&oldest.iter().map(|socket| table::Offender::of(socket, &owners)).collect::<Vec<_>>())
         })
     }

@@ -88,7 +88,7 @@ async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> any
 
 /// Prints one reading, as `show` puts it; returns how bad it is.
 async fn print(watch: &Watch, show: impl Fn(&Look) -> anyhow::Result<String>) -> anyhow::Result<u8> {
-    let look = watch.look().await.context("read the kernel's socket table")?;
+    let look = watch.look_closely().await.context("read the kernel's socket table")?;
     let text = show(&look)?;
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("print")?;

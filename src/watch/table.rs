@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
@@ -42,16 +43,45 @@ pub(super) fn text(reading: &Reading, owners: &Owners) -> String {
             rows.push(line(*service, sight, owners));
         }
     }
+    aligned(&rows, |column| column < 3)
+}
+
+/// Those that have been in CLOSE_WAIT for longest, for a person, after an empty line; nothing where there are none.
+pub(super) fn worst(sockets: &[Socket], owners: &Owners) -> String {
+    if sockets.is_empty() {
+        return String::new();
+    }
+    let mut rows = vec![["OLDEST CLOSE-WAIT", "PID", "FD", "LOCAL", "PEER", "COMMAND"].map(str::to_owned).to_vec()];
+    for socket in sockets {
+        let owner = owners.get(&socket.inode);
+        let or_nobody = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        rows.push(vec![
+            age(socket.age, socket.at_least),
+            or_nobody(owner.map(|owner| owner.pid.to_string())),
+            or_nobody(owner.map(|owner| owner.fd.to_string())),
+            socket.flow.local.to_string(),
+            socket.flow.peer.to_string(),
+            or_nobody(owner.map(|owner| owner.command.clone())),
+        ]);
+    }
+    "\n".to_owned() + &aligned(&rows, |column| column > 2)
+}
+
+fn age(age: Duration, at_least: bool) -> String {
+    format!("{}{}", if at_least { "≥ " } else { "" }, Age(age))
+}
+
+/// Rows of as many cells each, in columns: words to the left, numbers to the right.
+fn aligned(rows: &[Vec<String>], is_words: impl Fn(usize) -> bool) -> String {
     let mut out = String::new();
     let widths: Vec<usize> =
         (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].width()).max().unwrap_or(0)).collect();
-    for row in &rows {
+    for row in rows {
         let mut text = String::new();
         for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
             // As wide as a terminal shows it, which may be two columns for a character, or none.
             let room = " ".repeat(width - cell.width());
-            // Words to the left, numbers to the right.
-            let (before, after) = if i < 3 { ("", room.as_str()) } else { (room.as_str(), "") };
+            let (before, after) = if is_words(i) { ("", room.as_str()) } else { (room.as_str(), "") };
             let _ = write!(text, "{before}{cell}{after}  ");
         }
         let _ = writeln!(out, "{}", text.trim_end());
@@ -76,11 +106,8 @@ fn line(service: Service, sight: &Sight, owners: &Owners) -> Vec<String> {
     cells.extend(COLUMNS.map(|(state, _)| sight.count(state).to_string()));
     let named = |state: &State| *state == State::Listen || COLUMNS.iter().any(|(column, _)| column == state);
     cells.push(State::ALL.iter().filter(|s| !named(s)).map(|s| sight.count(*s)).sum::<u64>().to_string());
-    let (age, at_least) = sight.oldest(State::CloseWait);
-    cells.push(match sight.count(State::CloseWait) {
-        0 => "-".to_owned(),
-        _ => format!("{}{}", if at_least { "≥ " } else { "" }, Age(age)),
-    });
+    let (oldest, at_least) = sight.oldest(State::CloseWait);
+    cells.push(if sight.count(State::CloseWait) == 0 { "-".to_owned() } else { age(oldest, at_least) });
     cells.push(match &sight.listeners {
         Some(Listeners { queue, .. }) => {
             format!("{}/{}", queue.length, queue.limit.map_or("?".to_owned(), |limit| limit.to_string()))
