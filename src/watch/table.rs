@@ -61,7 +61,7 @@ pub(super) fn worst(sockets: &[Socket], owners: &Owners) -> String {
             or_nobody(owner.map(|owner| owner.fd.to_string())),
             socket.flow.local.to_string(),
             socket.flow.peer.to_string(),
-            or_nobody(owner.map(|owner| owner.command.clone())),
+            if socket.inode == 0 { "not accepted yet".to_owned() } else { or_nobody(owner.map(|o| o.command.clone())) },
         ]);
     }
     "\n".to_owned() + &aligned(&rows, |column| column > 2)

@@ -472,6 +472,19 @@ fn once_is_a_check() {
 }
 
 #[test]
+fn of_a_leak_that_nobody_accepted_it_says_so() {
+    let port = quiet_port();
+    let _listener = listen(&format!("127.0.0.1:{port}"), false);
+    let (streams, ..) = leak(port, 1);
+    let out = once(&["--port", &name_of(port), "--warn", "0s"]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    let peer = streams[0].local_addr().unwrap().to_string();
+    let words: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+    let local = format!("127.0.0.1:{port}");
+    assert_eq!(words[2..], ["s", "-", "-", &local, &peer, "not", "accepted", "yet"], "{text}");
+}
+
+#[test]
 fn a_check_that_cannot_look_says_so() {
     for (output, said) in [("text", true), ("json", false)] {
         let mut check = command();
