@@ -12,6 +12,7 @@ mod opens;
 pub mod owners;
 pub mod ports;
 mod procfs;
+mod queue;
 mod row;
 mod sock_diag;
 pub mod sockopt;
@@ -23,6 +24,7 @@ mod wire;
 
 pub use error::{LineError, TableError};
 pub use opens::opens;
+pub use queue::AcceptQueue;
 pub use row::{Row, TIME_WAIT, Wanted, timer};
 pub use sock_diag::{DestroyEvents, Destroyed};
 pub use table::{Observer, Table};

@@ -90,7 +90,7 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct WatchArgs {
-    /// Only these listening ports [default: every one]; the web side's own is left out.
+    /// Only these listening ports [default: every one], told of though nobody listens; the web side's own is left out.
     #[arg(long = "port", env = "ECHOSCOPE_WATCH_PORTS", value_name = "PORT", value_delimiter = ',')]
     pub(super) ports: Vec<u16>,
     /// Not these listening ports.
@@ -102,7 +102,7 @@ pub(super) struct WatchArgs {
     /// How often the table is read.
     #[arg(long, env = "ECHOSCOPE_INTERVAL", default_value = "1s", value_name = "DURATION")]
     pub(super) interval: Span,
-    /// Print one reading and what looks wrong in it, and exit: 0 nothing, 1 something, 2 something bad.
+    /// Print one reading and what looks wrong in it, and exit: 0 nothing, 1 something, 2 something bad, 3 it could not look.
     #[arg(long, env = "ECHOSCOPE_ONCE", value_parser = BoolishValueParser::new(), conflicts_with = "live")]
     pub(super) once: bool,
     /// Print readings again and again on a terminal.

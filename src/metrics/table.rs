@@ -42,7 +42,7 @@ impl TableGauges {
             ),
             queue_length: make.gauges(
                 "accept_queue_length",
-                "Connections that wait for accept(2) (Recv-Q of the listener in ss).",
+                "Connections that wait for accept(2) (Recv-Q of the listener in ss); of several on one port, at the fullest.",
                 &["port"],
             ),
             queue_limit: make.gauges(
