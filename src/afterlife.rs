@@ -8,8 +8,6 @@
 
 mod followed;
 mod follower;
-mod lives;
-mod meaning;
 mod tally;
 mod witness;
 

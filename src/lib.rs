@@ -16,6 +16,7 @@
 //!    afterlife.rs   follows a connection after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, really gone
 //!    census.rs      sockets counted by (role, port, state), one reading for any number of scrapers
 //!    survey.rs      the sockets of every listener in this namespace, whoever owns them
+//!    lives.rs       whole lives, driven by what the kernel itself announces (eBPF)
 //!    journal.rs     THE choke point: a transition in, its log line, counters and ledger entry out
 //!    ledger.rs      who is alive, in which state since when; the last lives that ended
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
@@ -28,7 +29,7 @@
 //!    shutdown.rs    signals, the stop token
 //!    log.rs         the subscriber: terminal and JSON, a bounded queue
 //! 0  tcp.rs         State, Evidence, Transition, Lifecycle: pure, no clock, no I/O
-//!    kernel.rs      the only `unsafe`: TCP_INFO, SO_COOKIE, sock_diag, /proc, BPF filters
+//!    kernel.rs      the only `unsafe`: TCP_INFO, SO_COOKIE, sock_diag, eBPF, /proc, BPF filters
 //! ```
 //!
 //! # How an observation travels
@@ -37,6 +38,11 @@
 //!    │                   │ close(2)                                      │ ├─────▶ counters, histograms
 //!    ├──sock_diag──▶ Afterlife ──▶ Lifecycle::observe ──Transitions──────┘ └─────▶ Ledger ──▶ /api/connections
 //!    └──sock_diag──▶ Census ──────────────────────────────────────────▶ gauges at scrape time
+//! ```
+//! Where the kernel announces each change (eBPF), it comes by one way instead:
+//! ```text
+//! kernel ──ring──▶ Afterlife's witness ──▶ Lives ──▶ Lifecycle::observe ──Transitions──▶ Journal ──▶ …
+//!    └────counts──▶ Tally ──▶ Census ──▶ gauges at scrape time
 //! ```
 //!
 //! # Reading order
@@ -57,6 +63,7 @@ pub mod kernel;
 pub mod lab;
 pub mod ledger;
 pub mod listener;
+mod lives;
 pub mod log;
 pub mod metrics;
 pub mod progress;

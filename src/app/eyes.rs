@@ -27,12 +27,12 @@ pub(super) enum Announcements {
 }
 
 /// Attaches to the kernel's announcements, if they are asked for or are the best that is permitted, and gives up the
-/// capabilities that this took. Must come before the process has a second thread.
-pub(super) fn attach(asked: Option<Observer>) -> anyhow::Result<Announcements> {
+/// capabilities that this took. With `everything`, of all sockets of the network namespace. Must come before the process has a second thread.
+pub(super) fn attach(asked: Option<Observer>, everything: bool) -> anyhow::Result<Announcements> {
     if matches!(asked, Some(Observer::SockDiag | Observer::Procfs)) {
         return Ok(Announcements::NotAskedFor);
     }
-    Ok(match Tracepoints::attach(false) {
+    Ok(match Tracepoints::attach(everything) {
         Ok(tracepoints) => {
             capabilities::give_up_tracing().context("give up CAP_BPF and CAP_PERFMON")?;
             Announcements::Here(Box::new(tracepoints))
@@ -61,28 +61,10 @@ pub(super) fn observe(
     let table = open_table(common.observer)?;
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
-    let tracepoints = match kernel {
-        Announcements::Here(tracepoints) if by_table == Observer::SockDiag => Some(*tracepoints),
-        Announcements::Here(_) if common.observer.is_some() => bail!("observer ebpf: it takes netlink beside it"),
-        Announcements::Here(_) => {
-            say_why_not(&"it takes netlink beside it", by_table);
-            None
-        }
-        Announcements::Refused(error) => {
-            say_why_not(&error, by_table);
-            None
-        }
-        Announcements::NotNeeded | Announcements::NotAskedFor => None,
-    };
+    let tracepoints = announce(kernel, common.observer, by_table)?;
     let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
     let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
-    if let Some(tracepoints) = &tracepoints {
-        for lack in tracepoints.lacks() {
-            tracing::warn!(reason = %lack, "the kernel does not announce everything");
-        }
-        tracing::info!(%observer, "the kernel announces each change");
-    }
     let afterlife = Afterlife::start(Arc::clone(&journal), &scope, second, common.follow_limit, tracepoints)
         .context("start the follower")?;
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table, afterlife.tally().cloned()));
@@ -91,6 +73,32 @@ pub(super) fn observe(
 
 fn say_why_not(reason: &dyn std::fmt::Display, observer: Observer) {
     tracing::info!(%reason, %observer, "no eBPF: changes are read, not announced");
+}
+
+/// The announcements, if there are any and the table goes with them; says once which way it is, and why not a better one.
+pub(super) fn announce(
+    kernel: Announcements,
+    asked: Option<Observer>,
+    by_table: Observer,
+) -> anyhow::Result<Option<Tracepoints>> {
+    let tracepoints = match kernel {
+        Announcements::Here(tracepoints) if by_table == Observer::SockDiag => tracepoints,
+        Announcements::Here(_) if asked.is_some() => bail!("observer ebpf: it takes netlink beside it"),
+        Announcements::Here(_) => {
+            say_why_not(&"it takes netlink beside it", by_table);
+            return Ok(None);
+        }
+        Announcements::Refused(error) => {
+            say_why_not(&error, by_table);
+            return Ok(None);
+        }
+        Announcements::NotNeeded | Announcements::NotAskedFor => return Ok(None),
+    };
+    for lack in tracepoints.lacks() {
+        tracing::warn!(reason = %lack, "the kernel does not announce everything");
+    }
+    tracing::info!(observer = %Observer::Ebpf, "the kernel announces each change");
+    Ok(Some(*tracepoints))
 }
 
 /// Opens the kernel's table in the way that is asked for, or in the best that is permitted.

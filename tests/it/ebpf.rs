@@ -349,3 +349,48 @@ fn two_capabilities_are_enough() {
         (metrics.sum("echoscope_tcp_transitions_total", &over) == 1.0).then_some(())
     });
 }
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn of_others_too_every_open_every_end_and_its_cause_is_told() {
+    let port = quiet_port();
+    let name = port.to_string();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let before = connected(&listener, 1);
+    let watch = Echoscope::start(&["watch", "--observer", "ebpf", "--port", &name, "--remote-port", &name]);
+    watch.message("watching every listener of this network namespace");
+    // Shorter than any reading: by the table alone, one that its own side resets has forgotten whose it was.
+    for number in 0..300 {
+        let (client, server) = connected(&listener, 1).remove(0);
+        if number % 3 == 0 {
+            SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        }
+        let (first, second) = if number % 3 == 1 { (server, client) } else { (client, server) };
+        drop(first);
+        drop(second);
+    }
+    drop(before);
+    let count = |metrics: &crate::support::Metrics, name: &str, role: &str, cause: Option<&str>| {
+        let mut labels = vec![("role", role), ("port", port.to_string().leak() as &str)];
+        labels.extend(cause.map(|cause| ("cause", cause)));
+        metrics.series(name, &labels).sum::<f64>()
+    };
+    until("every end", || {
+        let metrics = watch.metrics();
+        let ended = |role| count(&metrics, "echoscope_sockets_ended_total", role, None);
+        (ended("client") == 301.0 && ended("server") == 301.0).then_some(())
+    });
+    until("every open and close in a reading", || {
+        let metrics = watch.metrics();
+        let of = |name, role| count(&metrics, name, role, None);
+        let told = ["client", "server"]
+            .map(|role| (of("echoscope_sockets_opened_total", role), of("echoscope_sockets_closed_total", role)));
+        (told == [(300.0, 301.0); 2]).then_some(())
+    });
+    let metrics = watch.metrics();
+    let ended = |role, cause| count(&metrics, "echoscope_sockets_ended_total", role, Some(cause));
+    // Reset by the client; closed first by the server; closed first by the client, the one from before among them.
+    let told = ["abort", "reset", "ack", "peer_fin"].map(|cause| (ended("client", cause), ended("server", cause)));
+    assert_eq!(told, [(100.0, 0.0), (0.0, 100.0), (100.0, 101.0), (101.0, 100.0)]);
+    assert_eq!(metrics.sum("echoscope_observer_lost_events_total", &[]), 0.0);
+}

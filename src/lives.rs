@@ -3,31 +3,33 @@
 //! Pure: events and time come in as arguments, what they prove goes out through `tell`. Must not know: where events come
 //! from, or what becomes of what is told.
 
-use std::collections::{HashMap, VecDeque};
+mod meaning;
+
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use super::meaning::{self, ABORT_ON_DATA, Meaning};
 use crate::kernel::tracepoints::{Event, Kind};
 use crate::kernel::{Row, TIME_WAIT};
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
+use meaning::{ABORT_ON_DATA, Meaning};
 
 /// How long an event may take from one CPU to us after a later one from another: what a second event would change is
 /// decided after that.
-pub(super) const SETTLED: Duration = Duration::from_millis(2);
+pub(crate) const SETTLED: Duration = Duration::from_millis(2);
 
 /// How long a connection may go without the local port that connect(2) finds after SYN_SENT is entered.
-pub(super) const NAMELESS: Duration = Duration::from_millis(5);
+pub(crate) const NAMELESS: Duration = Duration::from_millis(5);
 
 /// How long it may go without one before it is given up.
 const GIVEN_UP: Duration = Duration::from_secs(2);
 
 /// From when on a handshake that is not complete has a life of its own. Most are complete sooner, and their life is the
 /// connection's.
-pub(super) const LONG: Duration = Duration::from_millis(200);
+pub(crate) const LONG: Duration = Duration::from_millis(200);
 
 /// What there is to tell of one life.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Said<'a> {
+pub(crate) enum Said<'a> {
     /// It begins for us, in this state.
     Begins(State, Duration),
     /// It moves.
@@ -39,11 +41,11 @@ pub(super) enum Said<'a> {
     },
 }
 
-/// Which role and port a connection is of, if it is any of ours.
-pub(super) type Which = Box<dyn Fn(&Flow) -> Option<(Role, u16)> + Send>;
+/// Which role and port a connection is of, if it is any of ours; the role is given where its birth tells it.
+pub(crate) type Which = Box<dyn Fn(&Flow, Option<Role>) -> Option<(Role, u16)> + Send>;
 
 /// Everybody who is alive.
-pub(super) struct Lives {
+pub(crate) struct Lives {
     which: Which,
     timers: bool,
     living: HashMap<u64, Living>,
@@ -85,7 +87,7 @@ struct Request {
 
 impl Lives {
     /// Nobody. With `timers`, minisockets and requests are told of by events.
-    pub(super) fn new(which: Which, timers: bool) -> Lives {
+    pub(crate) fn new(which: Which, timers: bool) -> Lives {
         Lives {
             which,
             timers,
@@ -99,7 +101,7 @@ impl Lives {
     }
 
     /// Takes note of an event.
-    pub(super) fn hear(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn hear(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         match event.kind {
             Kind::Changed { from, to } => self.changed(event, from, to, tell),
             Kind::Armed(state) => {
@@ -178,7 +180,7 @@ impl Lives {
     }
 
     fn sends_syn(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
-        let Some((role, port)) = (self.which)(&event.flow) else { return };
+        let Some((role, port)) = (self.which)(&event.flow, Some(Role::Client)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         let mut living = Living::new(id, Lifecycle::client(event.at));
         if event.flow.local.port() == 0 {
@@ -196,7 +198,7 @@ impl Lives {
         if self.living.contains_key(&event.cookie) {
             return;
         }
-        let Some((role, port)) = (self.which)(&event.flow) else { return };
+        let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         let at = request.map_or(event.at, |request| request.at);
         let mut living = Living::new(id, Lifecycle::accepted(at));
@@ -216,7 +218,7 @@ impl Lives {
             if matches!(event.kind, Kind::Disarmed { .. }) {
                 return None;
             }
-            let (role, port) = (self.which)(&event.flow)?;
+            let (role, port) = (self.which)(&event.flow, None)?;
             let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
             tell(&id, Said::Begins(state, event.at));
             self.living.insert(event.cookie, Living::new(id, Lifecycle::found(role, state, None, event.at)));
@@ -235,7 +237,7 @@ impl Lives {
     }
 
     /// Decides what waited for a second event that has not come.
-    pub(super) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let due = |at: Duration| now.saturating_sub(at) >= SETTLED;
         for cookie in std::mem::take(&mut self.undecided) {
             let Some(living) = self.living.get_mut(&cookie) else { continue };
@@ -269,7 +271,7 @@ impl Lives {
     }
 
     /// When to look again, although nothing happens: something waits to be decided, or to be named.
-    pub(super) fn next(&self, now: Duration) -> Option<Duration> {
+    pub(crate) fn next(&self, now: Duration) -> Option<Duration> {
         let decided = (!self.undecided.is_empty() || !self.stopped.is_empty()).then_some(SETTLED);
         let named = (!self.nameless.is_empty()).then_some(NAMELESS);
         let long = self.requests.values().filter(|r| r.cookie.is_none()).map(|r| r.at).min();
@@ -278,7 +280,7 @@ impl Lives {
     }
 
     /// Whether the kernel's table must be asked for names: of connections without a local port, and of long handshakes.
-    pub(super) fn wants_names(&mut self, now: Duration) -> bool {
+    pub(crate) fn wants_names(&mut self, now: Duration) -> bool {
         let old = |at: Duration, limit| now.saturating_sub(at) >= limit;
         let living = &mut self.living;
         self.nameless.retain(|cookie| match living.get(cookie).map(|l| l.nameless) {
@@ -292,7 +294,7 @@ impl Lives {
     }
 
     /// What the table says of a connection in SYN_SENT or SYN_RECV.
-    pub(super) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let Some(cookie) = row.cookie else { return };
         if let Some(living) = self.living.get_mut(&cookie) {
             if let Some(since) = living.nameless
@@ -306,7 +308,7 @@ impl Lives {
         if request.cookie.is_some() || request.stopped.is_some() || now.saturating_sub(request.at) < LONG {
             return;
         }
-        let Some((role, port)) = (self.which)(&row.flow) else { return };
+        let Some((role, port)) = (self.which)(&row.flow, Some(Role::Server)) else { return };
         let at = request.at;
         request.cookie = Some(cookie);
         let id = Identity { cookie, role, port, flow: row.flow };
@@ -318,7 +320,7 @@ impl Lives {
 
     /// Takes in a socket that the table shows and that no event has told of: it was there before us, or its events were
     /// lost.
-    pub(super) fn found(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn found(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let (Some(cookie), state) = (row.cookie, row.state.shown()) else { return };
         if matches!(state, State::Listen | State::Close) {
             return;
@@ -333,7 +335,7 @@ impl Lives {
             living.ending = None;
             return living.see(now, state, Evidence::SockDiag, &Known::default(), tell);
         }
-        let Some((role, port)) = (self.which)(&row.flow) else { return };
+        let Some((role, port)) = (self.which)(&row.flow, None) else { return };
         // TIME_WAIT's clock tells when it began; nothing else does.
         let since = (state == State::TimeWait).then(|| now.saturating_sub(TIME_WAIT.saturating_sub(row.expires)));
         let id = Identity { cookie, role, port, flow: row.flow };
@@ -346,20 +348,25 @@ impl Lives {
         self.living.insert(cookie, living);
     }
 
+    /// Whether there are minisockets in FIN_WAIT2.
+    pub(crate) fn has_orphans(&self) -> bool {
+        !self.orphans.is_empty()
+    }
+
     /// The next `most` minisockets in FIN_WAIT2 that are to be looked up; whoever still is one then is to be kept.
-    pub(super) fn orphans(&mut self, most: usize) -> Vec<Identity> {
+    pub(crate) fn orphans(&mut self, most: usize) -> Vec<Identity> {
         let due = self.orphans.drain(..most.min(self.orphans.len()));
         let living = &self.living;
         let still = due.filter_map(|cookie| living.get(&cookie).filter(|l| l.mini == Some(State::FinWait2)));
         still.map(|living| living.id).collect()
     }
 
-    pub(super) fn keep_orphan(&mut self, cookie: u64) {
+    pub(crate) fn keep_orphan(&mut self, cookie: u64) {
         self.orphans.push_back(cookie);
     }
 
     /// Takes note that the kernel has this one no more.
-    pub(super) fn vanished(&mut self, cookie: u64, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn vanished(&mut self, cookie: u64, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         if let Some(living) = self.living.get_mut(&cookie) {
             let expired =
                 living.life.state() == State::TimeWait && now.saturating_sub(living.life.since()) >= TIME_WAIT;
@@ -369,26 +376,56 @@ impl Lives {
         }
     }
 
+    /// Holds everybody against a reading of the table that was made after the kernel began to tell, or after it had no room
+    /// to: `newer` are those of whom there is later news. Who was `known` before the reading and is not in it is looked up
+    /// by `find`: absence is only believed of a lookup.
+    ///
+    /// # Errors
+    /// What `find` says.
+    pub(crate) fn reconcile<E>(
+        &mut self,
+        known: &[Identity],
+        rows: &[Row],
+        newer: &HashSet<u64>,
+        now: Duration,
+        mut find: impl FnMut(&Identity) -> Result<Option<Row>, E>,
+        tell: &mut impl FnMut(&Identity, Said<'_>),
+    ) -> Result<(), E> {
+        // A descriptor that is still open shows as CLOSE beside its own TIME_WAIT.
+        let open = rows.iter().filter(|row| row.state != State::Close);
+        let shown: HashMap<u64, &Row> = open.filter_map(|row| Some((row.cookie?, row))).collect();
+        for (_, row) in shown.iter().filter(|(cookie, _)| !newer.contains(cookie)) {
+            self.found(row, now, tell);
+        }
+        for id in known.iter().filter(|id| !shown.contains_key(&id.cookie) && !newer.contains(&id.cookie)) {
+            match find(id)? {
+                Some(row) => self.found(&row, now, tell),
+                None => self.vanished(id.cookie, now, tell),
+            }
+        }
+        Ok(())
+    }
+
     /// The descriptor is closed. Returns whether the connection goes on in the kernel.
-    pub(super) fn departs(&mut self, cookie: u64) -> bool {
+    pub(crate) fn departs(&mut self, cookie: u64) -> bool {
         let Some(living) = self.living.get_mut(&cookie) else { return false };
         living.departed = true;
         true
     }
 
     /// Where somebody is, and since when.
-    pub(super) fn state(&self, cookie: u64) -> Option<(State, Duration)> {
+    pub(crate) fn state(&self, cookie: u64) -> Option<(State, Duration)> {
         let living = self.living.get(&cookie)?;
         Some((living.life.state(), living.life.since()))
     }
 
     /// The name and state of everybody who has a name.
-    pub(super) fn each(&self) -> impl Iterator<Item = (&Identity, State)> {
+    pub(crate) fn each(&self) -> impl Iterator<Item = (&Identity, State)> {
         self.living.values().filter(|l| l.nameless.is_none()).map(|living| (&living.id, living.life.state()))
     }
 
     /// Forgets handshakes of which nobody would tell any more: events were lost.
-    pub(super) fn forget_requests(&mut self) {
+    pub(crate) fn forget_requests(&mut self) {
         self.requests.clear();
         self.stopped.clear();
     }
