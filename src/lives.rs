@@ -488,3 +488,276 @@ impl Living {
 fn key(flow: &Flow) -> Flow {
     flow.canonical().unscoped()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::timer;
+    use State::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// What was told, a line for each thing.
+    #[derive(Default)]
+    struct Heard(Vec<String>);
+
+    impl Heard {
+        fn tell(&mut self, id: &Identity, said: Said<'_>) {
+            let name = format!("{}{}", if id.role == Role::Client { 'c' } else { 's' }, id.cookie);
+            match said {
+                Said::Begins(state, at) => self.0.push(format!("{name} begins {state} {}", at.as_millis())),
+                Said::Moves(transitions) => self.0.extend(transitions.iter().map(|t| {
+                    let cause = t.cause.map_or(String::new(), |cause| format!(" {}", cause.label()));
+                    let stay = t.after.map_or(String::new(), |after| format!(" after {}", after.as_millis()));
+                    let evidence = if t.evidence == Evidence::Tracepoint { "" } else { t.evidence.label() };
+                    format!("{name} {} → {}{cause}{stay} {evidence}", t.from, t.to).trim_end().to_owned()
+                })),
+                Said::Ends { departed } => self.0.push(format!("{name} ends, departed {departed}")),
+            }
+        }
+
+        fn take(&mut self) -> Vec<String> {
+            std::mem::take(&mut self.0)
+        }
+    }
+
+    fn lives(timers: bool) -> Lives {
+        let which = |flow: &Flow, _| {
+            let server = flow.local.port() == 7007;
+            Some(if server { (Role::Server, 7007) } else { (Role::Client, flow.peer.port()) })
+        };
+        Lives::new(Box::new(which), timers)
+    }
+
+    fn flow(server: bool, port: u16) -> Flow {
+        let (ours, theirs) = (format!("127.0.0.1:{port}").parse().unwrap(), "127.0.0.1:7007".parse().unwrap());
+        if server { Flow { local: theirs, peer: ours } } else { Flow { local: ours, peer: theirs } }
+    }
+
+    fn event(cookie: u64, at: u64, flow: Flow, kind: Kind) -> Event {
+        Event {
+            cookie,
+            at: ms(at),
+            flow,
+            kind,
+            era: 0,
+            error: 0,
+            done: false,
+            orphan: false,
+            lingers_not: false,
+            reset: false,
+            closing: false,
+        }
+    }
+
+    fn changed(cookie: u64, at: u64, from: State, to: State) -> Event {
+        event(cookie, at, flow(cookie >= 100, 40_000), Kind::Changed { from, to })
+    }
+
+    fn row(cookie: u64, state: State, expires: u64) -> Row {
+        Row {
+            state,
+            flow: flow(cookie >= 100, 40_000),
+            cookie: Some(cookie),
+            timer: if state == TimeWait { timer::TIME_WAIT } else { 0 },
+            retransmits: 0,
+            expires: ms(expires),
+            receive_queue: 0,
+            send_queue: None,
+            inode: 0,
+            last_ack: None,
+        }
+    }
+
+    fn hear(lives: &mut Lives, events: &[Event]) -> Vec<String> {
+        let mut heard = Heard::default();
+        for event in events {
+            lives.hear(event, &mut |id, said| heard.tell(id, said));
+        }
+        heard.take()
+    }
+
+    fn settle(lives: &mut Lives, now: u64) -> Vec<String> {
+        let mut heard = Heard::default();
+        lives.settle(ms(now), &mut |id, said| heard.tell(id, said));
+        heard.take()
+    }
+
+    #[test]
+    fn a_clients_first_step_is_told_when_its_port_is_known() {
+        let mut lives = lives(true);
+        let nameless = event(1, 10, flow(false, 0), Kind::Changed { from: Close, to: SynSent });
+        assert!(hear(&mut lives, &[nameless]).is_empty());
+        assert_eq!(
+            hear(&mut lives, &[changed(1, 12, SynSent, Established)]),
+            ["c1 begins CLOSED 10", "c1 CLOSED → SYN_SENT connect", "c1 SYN_SENT → ESTABLISHED syn_ack after 2"]
+        );
+        // The other way: the table tells it.
+        let nameless = event(2, 20, flow(false, 0), Kind::Changed { from: Close, to: SynSent });
+        hear(&mut lives, &[nameless]);
+        assert!(!lives.wants_names(ms(21)) && lives.wants_names(ms(30)));
+        let mut heard = Heard::default();
+        lives.named(&row(2, SynSent, 0), ms(30), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["c2 begins CLOSED 20", "c2 CLOSED → SYN_SENT connect"]);
+        assert!(!lives.wants_names(ms(40)));
+    }
+
+    #[test]
+    fn without_a_port_nothing_was_sent_and_nothing_is_told() {
+        let mut lives = lives(true);
+        let without = |from, to| event(1, 10, flow(false, 0), Kind::Changed { from, to });
+        assert!(hear(&mut lives, &[without(Close, SynSent), without(SynSent, Close)]).is_empty());
+        assert_eq!(lives.each().count(), 0);
+        // Its end was lost: it is not asked for for ever.
+        hear(&mut lives, &[without(Close, SynSent)]);
+        assert!(!lives.wants_names(ms(5000)) && lives.living.is_empty());
+    }
+
+    #[test]
+    fn time_wait_is_told_by_its_timer_and_ends_by_it() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+        hear(&mut lives, &[changed(1, 3, Established, FinWait1), changed(1, 4, FinWait1, FinWait2)]);
+        let timer = |at, kind| event(1, at, flow(false, 40_000), kind);
+        assert_eq!(
+            hear(&mut lives, &[timer(6, Kind::Armed(TimeWait)), changed(1, 6, FinWait2, Close)]),
+            ["c1 FIN_WAIT2 → TIME_WAIT peer_fin after 2"]
+        );
+        assert!(lives.departs(1));
+        // A repeated FIN: its clock starts anew.
+        assert!(
+            hear(&mut lives, &[timer(50, Kind::Disarmed { expired: false }), timer(50, Kind::Armed(TimeWait))])
+                .is_empty()
+        );
+        assert!(settle(&mut lives, 60).is_empty());
+        assert_eq!(
+            hear(&mut lives, &[timer(60_006, Kind::Disarmed { expired: true })]),
+            ["c1 TIME_WAIT → CLOSED expired after 60000", "c1 ends, departed true"]
+        );
+    }
+
+    #[test]
+    fn a_time_wait_that_is_stopped_and_not_started_anew_is_gone() {
+        let mut lives = lives(true);
+        let mut heard = Heard::default();
+        lives.found(&row(1, TimeWait, 20_000), ms(100_000), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["c1 begins TIME_WAIT 60000"]);
+        hear(&mut lives, &[event(1, 100_010, flow(false, 40_000), Kind::Disarmed { expired: false })]);
+        assert!(settle(&mut lives, 100_011).is_empty(), "the next event may start it anew");
+        assert_eq!(settle(&mut lives, 100_012), ["c1 TIME_WAIT → CLOSED after 40010", "c1 ends, departed false"]);
+    }
+
+    #[test]
+    fn a_servers_syn_recv_lasts_from_its_request_on() {
+        let mut lives = lives(true);
+        let request = |at, kind| event(0, at, flow(true, 40_000), kind);
+        let told = hear(
+            &mut lives,
+            &[
+                request(10, Kind::Requested),
+                changed(100, 30, Listen, SynRecv),
+                request(30, Kind::Unrequested { expired: false }),
+                changed(100, 31, SynRecv, Established),
+                changed(100, 40, Established, CloseWait),
+                changed(100, 50, CloseWait, LastAck),
+                changed(100, 51, LastAck, Close),
+            ],
+        );
+        assert_eq!(
+            told,
+            [
+                "s100 begins LISTEN 10",
+                "s100 LISTEN → SYN_RECV syn",
+                "s100 SYN_RECV → ESTABLISHED ack after 21",
+                "s100 ESTABLISHED → CLOSE_WAIT peer_fin after 9",
+                "s100 CLOSE_WAIT → LAST_ACK shutdown after 10",
+                "s100 LAST_ACK → CLOSED ack after 1",
+                "s100 ends, departed false",
+            ]
+        );
+        assert!(settle(&mut lives, 100).is_empty() && lives.requests.is_empty());
+    }
+
+    #[test]
+    fn a_handshake_that_takes_long_has_a_life_and_an_end() {
+        let mut lives = lives(true);
+        let request = |at, kind| event(0, at, flow(true, 40_000), kind);
+        hear(&mut lives, &[request(10, Kind::Requested)]);
+        assert!(!lives.wants_names(ms(100)) && lives.wants_names(ms(300)));
+        let mut heard = Heard::default();
+        lives.named(&row(100, SynRecv, 0), ms(300), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["s100 begins LISTEN 10", "s100 LISTEN → SYN_RECV syn"]);
+        // The SYN+ACK is repeated: the clock has run down and starts anew.
+        hear(&mut lives, &[request(1000, Kind::Unrequested { expired: true }), request(1000, Kind::Requested)]);
+        assert!(settle(&mut lives, 2000).is_empty());
+        hear(&mut lives, &[request(60_000, Kind::Unrequested { expired: true })]);
+        assert_eq!(
+            settle(&mut lives, 60_100),
+            ["s100 SYN_RECV → CLOSED timeout after 59990", "s100 ends, departed false"]
+        );
+    }
+
+    #[test]
+    fn a_reset_that_we_sent_ourselves_is_ours() {
+        for (reason, cause) in [(None, "reset"), (Some(ABORT_ON_DATA), "abort"), (Some(11), "reset")] {
+            let mut lives = lives(true);
+            hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+            hear(&mut lives, &[changed(1, 3, Established, FinWait1)]);
+            let end = Event { error: 104, reset: true, orphan: true, ..changed(1, 5, FinWait1, Close) };
+            assert!(hear(&mut lives, &[end]).is_empty(), "the next event may say more");
+            if let Some(reason) = reason {
+                hear(&mut lives, &[event(1, 5, flow(false, 40_000), Kind::ResetSent(reason))]);
+            }
+            assert_eq!(
+                settle(&mut lives, 8),
+                [format!("c1 FIN_WAIT1 → CLOSED {cause} after 2"), "c1 ends, departed false".to_owned()]
+            );
+        }
+    }
+
+    #[test]
+    fn who_was_there_before_is_where_his_first_event_says() {
+        let mut lives = lives(true);
+        let told = hear(&mut lives, &[changed(100, 10, Established, CloseWait)]);
+        assert_eq!(told, ["s100 begins ESTABLISHED 10", "s100 ESTABLISHED → CLOSE_WAIT peer_fin"]);
+    }
+
+    #[test]
+    fn what_was_lost_is_looked_up() {
+        let mut lives = lives(true);
+        let mut heard = Heard::default();
+        for cookie in 1..=3 {
+            hear(&mut lives, &[changed(cookie, 1, Close, SynSent), changed(cookie, 2, SynSent, Established)]);
+        }
+        let known: Vec<Identity> = lives.each().map(|(id, _)| *id).collect();
+        // 1 has moved on, 2 is gone, of 3 there is later news, and 4 is new.
+        let rows = [row(1, FinWait2, 0), row(3, FinWait1, 0), row(4, Established, 0)];
+        let gone = |_: &Identity| Ok::<_, ()>(None);
+        let newer = HashSet::from([3]);
+        lives.reconcile(&known, &rows, &newer, ms(50), gone, &mut |id, said| heard.tell(id, said)).unwrap();
+        let mut told = heard.take();
+        told.sort();
+        assert_eq!(
+            told,
+            [
+                "c1 ESTABLISHED → FIN_WAIT1 shutdown inferred",
+                "c1 FIN_WAIT1 → FIN_WAIT2 ack sock_diag",
+                "c2 ESTABLISHED → CLOSED sock_diag",
+                "c2 ends, departed false",
+                "c4 begins ESTABLISHED 50",
+            ]
+        );
+    }
+
+    #[test]
+    fn without_timers_the_sockets_own_marks_say_time_wait() {
+        let mut lives = lives(false);
+        hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+        hear(&mut lives, &[changed(1, 3, Established, FinWait1), changed(1, 4, FinWait1, FinWait2)]);
+        let end = Event { done: true, ..changed(1, 5, FinWait2, Close) };
+        assert_eq!(hear(&mut lives, &[end]), ["c1 FIN_WAIT2 → TIME_WAIT peer_fin after 1"]);
+        assert_eq!(lives.state(1).map(|(state, _)| state), Some(TimeWait));
+    }
+}
