@@ -10,7 +10,7 @@ use crate::census::Census;
 use crate::config::Common;
 use crate::journal::Journal;
 use crate::kernel::tracepoints::TraceError;
-use crate::kernel::{Observer, Table, Tracepoints, capabilities};
+use crate::kernel::{Observer, Table, Tracepoints, WhyNot, capabilities};
 use crate::metrics::Metrics;
 use crate::scope::Scope;
 
@@ -61,14 +61,17 @@ pub(super) fn observe(
     let table = open_table(common.observer)?;
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
+    let mut no_ebpf = WhyNot::NotAskedFor;
     let tracepoints = match kernel {
         Announcements::Here(tracepoints) if by_table == Observer::SockDiag => Some(*tracepoints),
         Announcements::Here(_) if common.observer.is_some() => bail!("observer ebpf: it takes netlink beside it"),
         Announcements::Here(_) => {
+            no_ebpf = WhyNot::NoNetlink;
             say_why_not(&"it takes netlink beside it", by_table);
             None
         }
         Announcements::Refused(error) => {
+            no_ebpf = error.reason();
             say_why_not(&error, by_table);
             None
         }
@@ -76,6 +79,9 @@ pub(super) fn observe(
     };
     let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
+    for (better, why) in passed_over(common.observer, observer, no_ebpf) {
+        metrics.unavailable(better, why);
+    }
     let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
     if let Some(tracepoints) = &tracepoints {
         for lack in tracepoints.lacks() {
@@ -87,6 +93,17 @@ pub(super) fn observe(
         .context("start the follower")?;
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table, afterlife.tally().cloned()));
     Ok(Observers { metrics, journal, afterlife, census })
+}
+
+/// The observers that would be better than the one in use, and why each is not used.
+pub(super) fn passed_over(
+    asked: Option<Observer>,
+    used: Observer,
+    no_ebpf: WhyNot,
+) -> impl Iterator<Item = (Observer, WhyNot)> {
+    let no_netlink = if asked == Some(Observer::Procfs) { WhyNot::NotAskedFor } else { WhyNot::Refused };
+    let best_first = [(Observer::Ebpf, no_ebpf), (Observer::SockDiag, no_netlink)];
+    best_first.into_iter().take_while(move |(better, _)| *better != used)
 }
 
 fn say_why_not(reason: &dyn std::fmt::Display, observer: Observer) {

@@ -8,8 +8,9 @@ use anyhow::{Context, anyhow, bail};
 use prometheus::IntCounter;
 
 use super::EndAll;
-use super::eyes::open_table;
+use super::eyes::{open_table, passed_over};
 use crate::config::{Common, Output, WatchConfig, WatchMode};
+use crate::kernel::WhyNot;
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
@@ -43,9 +44,13 @@ async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> any
     let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
     let WatchConfig { only, ignore, remote, interval, warn, crit, .. } = config;
     let own = web.as_ref().map(|bound| bound.address().port());
-    let table = open_table(common.observer)?;
+    let asked = common.observer;
+    let table = open_table(asked)?;
     let observer = table.observer();
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
+    for (better, why) in passed_over(asked, observer, WhyNot::NotAskedFor) {
+        metrics.unavailable(better, why);
+    }
     let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;
     // Whatever comes after this is new: so nobody is told that it watches before.

@@ -22,6 +22,7 @@ use rustix::net::{AddressFamily, SocketType};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::table::WhyNot;
 use super::{capabilities, sockopt};
 use crate::tcp::{Role, State};
 pub use event::{Event, Kind};
@@ -64,6 +65,17 @@ pub enum TraceError {
 }
 
 impl TraceError {
+    /// The same in one word.
+    #[must_use]
+    pub fn reason(&self) -> WhyNot {
+        match self {
+            TraceError::NotPermitted => WhyNot::NotPermitted,
+            TraceError::NoTypes(_) => WhyNot::NoTypes,
+            TraceError::NoNamespace(_) => WhyNot::NoNamespace,
+            TraceError::Refused { .. } => WhyNot::Refused,
+        }
+    }
+
     fn refused(what: impl Into<String>, error: &(dyn Error + 'static)) -> TraceError {
         // What the verifier has to say can be pages; the reason is at the root.
         let mut root = error;

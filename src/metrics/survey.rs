@@ -9,7 +9,7 @@ use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 use super::maker::Maker;
 use super::table::ObserverFamilies;
 use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges, encode};
-use crate::kernel::Observer;
+use crate::kernel::{Observer, WhyNot};
 use crate::tcp::State;
 
 /// The states whose stays are told: those that pile up.
@@ -29,6 +29,7 @@ pub struct SurveyMetrics {
     /// 1 while this process answers.
     pub ready: IntGauge,
     observer: ObserverMetrics,
+    unavailable: IntGaugeVec,
     /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
     scrape: Mutex<BTreeSet<(&'static str, String)>>,
 }
@@ -54,7 +55,7 @@ impl SurveyMetrics {
     pub fn new(observer: Observer, log_lost: &IntCounter) -> SurveyMetrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.about(observer, log_lost);
+        let unavailable = make.about(observer, log_lost);
         let table = TableGauges::new(&make);
         let ready = make.gauge("ready", "Whether this process answers: 0 from the first signal on.");
         let observer = ObserverFamilies::new(&make).of(observer, "survey");
@@ -87,9 +88,15 @@ impl SurveyMetrics {
             ),
             ready,
             observer,
+            unavailable,
             scrape: Mutex::default(),
             registry,
         }
+    }
+
+    /// Tells why an observer that is better than the one in use is not used.
+    pub fn unavailable(&self, better: Observer, why: WhyNot) {
+        self.unavailable.with_label_values(&[better.label(), why.label()]).set(1);
     }
 
     /// The counters of accept(2) errors of the web side.
