@@ -51,6 +51,12 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
     };
     // After the lab has moved: the kernel announces what happens where we are.
     let kernel = match &config.mode {
+        // Who does not want to see needs no eyes.
+        Mode::Run(roles)
+            if roles.client.is_none() && roles.server.as_ref().is_some_and(|server| !server.lifecycles) =>
+        {
+            eyes::Announcements::NotNeeded
+        }
         Mode::Run(_) => eyes::attach(config.common.observer, false)?,
         Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer, false)?,
         // Who looks once hears of no change.

@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow, bail};
 use prometheus::IntCounter;
 
 use super::EndAll;
-use super::eyes::{Announcements, announce, open_table};
+use super::eyes::{Announcements, announce, open_table, passed_over};
 use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::kernel::Observer;
 use crate::metrics::SurveyMetrics;
@@ -49,11 +49,15 @@ async fn watch(config: WatchConfig, kernel: Announcements, common: Common, log_l
     let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
     let WatchConfig { only, ignore, remote, interval, warn, crit, .. } = config;
     let own = web.as_ref().map(|bound| bound.address().port());
-    let table = open_table(common.observer)?;
+    let asked = common.observer;
+    let table = open_table(asked)?;
     let by_table = table.observer();
-    let tracepoints = announce(kernel, common.observer, by_table)?;
+    let (tracepoints, no_ebpf) = announce(kernel, asked, by_table)?;
     let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
+    for (better, why) in passed_over(asked, observer, no_ebpf) {
+        metrics.unavailable(better, why);
+    }
     let selection = Selection { only, ignore, remote, own };
     let survey =
         Survey::start(selection, table, Arc::clone(&metrics), interval, tracepoints).context("start the survey")?;

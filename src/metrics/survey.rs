@@ -9,7 +9,7 @@ use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 use super::maker::Maker;
 use super::table::ObserverFamilies;
 use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges, encode};
-use crate::kernel::Observer;
+use crate::kernel::{Observer, WhyNot};
 use crate::tcp::{Cause, Role, State, Transition};
 
 /// The states whose stays are told: those that pile up.
@@ -36,6 +36,7 @@ pub struct SurveyMetrics {
     /// 1 while this process answers.
     pub ready: IntGauge,
     observer: ObserverMetrics,
+    unavailable: IntGaugeVec,
     /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
     scrape: Mutex<BTreeSet<(&'static str, String)>>,
 }
@@ -61,7 +62,7 @@ impl SurveyMetrics {
     pub fn new(observer: Observer, log_lost: &IntCounter) -> SurveyMetrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.about(observer, log_lost);
+        let unavailable = make.about(observer, log_lost);
         let table = TableGauges::new(&make);
         let ready = make.gauge("ready", "Whether this process answers: 0 from the first signal on.");
         let announced = observer == Observer::Ebpf;
@@ -106,9 +107,15 @@ impl SurveyMetrics {
             ),
             ready,
             observer,
+            unavailable,
             scrape: Mutex::default(),
             registry,
         }
+    }
+
+    /// Tells why an observer that is better than the one in use is not used.
+    pub fn unavailable(&self, better: Observer, why: WhyNot) {
+        self.unavailable.with_label_values(&[better.label(), why.label()]).set(1);
     }
 
     /// The counters of accept(2) errors of the web side.

@@ -277,19 +277,23 @@ fn what_only_the_loading_needed_is_given_up() {
     }
 }
 
-/// What a short run says of its observer, by `auto`.
-fn observer_of(process: Echoscope) -> (String, Value) {
+/// What a short run says of its observer, by `auto`: which it is, why it is not eBPF, in one word and in one line.
+fn observer_of(process: Echoscope) -> (String, String, Value) {
     let metrics = process.metrics();
     let used = ["ebpf", "sock_diag", "procfs"]
         .into_iter()
         .find(|name| metrics.series("echoscope_observer_info", &[("observer", name)]).eq([1.0]))
         .unwrap();
+    let why: Vec<_> = ["not_asked_for", "not_permitted", "no_types", "no_namespace", "no_netlink", "refused"]
+        .into_iter()
+        .filter(|why| metrics.sum("echoscope_observer_unavailable", &[("observer", "ebpf"), ("reason", why)]) == 1.0)
+        .collect();
     process.signal("TERM");
     let (_, _, lines) = process.wait();
     let said: Vec<_> =
         lines.into_iter().filter(|l| l["message"] == "no eBPF: changes are read, not announced").collect();
     let [line] = &said[..] else { panic!("one line, not {said:#?}") };
-    (used.to_owned(), line.clone())
+    (used.to_owned(), why.concat(), line.clone())
 }
 
 fn auto() -> Command {
@@ -302,8 +306,10 @@ fn auto() -> Command {
 #[test]
 fn where_a_sandbox_refuses_it_one_line_says_so() {
     let refused = spawn_refusing(auto(), libc::SYS_bpf, Vec::new());
-    let (used, line) = observer_of(refused);
+    let (used, why, line) = observer_of(refused);
     assert_eq!((used.as_str(), &line["level"]), ("sock_diag", &"INFO".into()));
+    // Who lacks the capabilities does not even try.
+    assert!(["refused", "not_permitted"].contains(&why.as_str()), "{why}: {line}");
 }
 
 #[test]
@@ -313,8 +319,8 @@ fn without_the_capabilities_one_line_says_so() {
     let mut command = Command::new("setpriv");
     command.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]).arg(inner.get_program());
     command.args(inner.get_args()).env("ECHOSCOPE_OBSERVER", "auto");
-    let (used, line) = observer_of(Echoscope::spawn(&mut command));
-    assert_eq!(used, "sock_diag");
+    let (used, why, line) = observer_of(Echoscope::spawn(&mut command));
+    assert_eq!((used.as_str(), why.as_str()), ("sock_diag", "not_permitted"));
     assert_eq!(line["reason"], "not permitted: it takes CAP_BPF and CAP_PERFMON");
 }
 
