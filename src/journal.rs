@@ -1,5 +1,5 @@
-//! The choke point: what is observed of a connection comes in once; its log line, its counters and its ledger entry
-//! go out.
+//! The choke point: what is observed of a connection comes in once; its log line, its counters, its ledger entry
+//! and its place in the live feed go out.
 //!
 //! Must not know: sockets, or how anything was observed.
 
@@ -11,6 +11,7 @@ use arrayvec::ArrayString;
 
 use crate::kernel::clock;
 use crate::ledger::{Ledger, Reason};
+use crate::live::Live;
 use crate::log::STATES;
 use crate::metrics::Metrics;
 use crate::tcp::{Identity, Role, State, Step, Transitions};
@@ -19,13 +20,16 @@ use crate::tcp::{Identity, Role, State, Step, Transitions};
 pub struct Journal {
     metrics: Arc<Metrics>,
     ledger: Ledger,
+    live: Arc<Live>,
 }
 
 impl Journal {
     /// A journal that counts into `metrics`.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Journal {
-        Journal { metrics, ledger: Ledger::default() }
+        let epoch = u64::try_from(clock::unix().as_micros()).unwrap_or(u64::MAX);
+        let live = Arc::new(Live::of(&metrics, epoch));
+        Journal { metrics, ledger: Ledger::default(), live }
     }
 
     /// A connection of ours has a descriptor.
@@ -56,6 +60,7 @@ impl Journal {
             self.metrics.count(id.role, t);
         }
         self.ledger.steps(id, transitions.iter());
+        self.live.note(id, transitions);
         if tracing::enabled!(target: STATES, tracing::Level::INFO) {
             log(id, transitions);
         }
@@ -76,6 +81,12 @@ impl Journal {
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// What happens, for whoever looks.
+    #[must_use]
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
     }
 
     /// Who is alive.
