@@ -27,8 +27,7 @@ impl Journal {
     /// A journal that counts into `metrics`.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Journal {
-        let epoch = u64::try_from(clock::unix().as_micros()).unwrap_or(u64::MAX);
-        let live = Arc::new(Live::of(&metrics, epoch));
+        let live = Arc::new(Live::of(&metrics));
         Journal { metrics, ledger: Ledger::default(), live }
     }
 

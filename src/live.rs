@@ -59,14 +59,14 @@ struct Told {
 impl Live {
     /// A feed of what `metrics` count.
     #[must_use]
-    pub fn of(metrics: &Arc<Metrics>, epoch: u64) -> Live {
-        Live::new(Some(Arc::clone(metrics)), metrics.live.clone(), epoch)
+    pub fn of(metrics: &Arc<Metrics>) -> Live {
+        Live::new(Some(Arc::clone(metrics)), metrics.live.clone(), fastrand::u64(..))
     }
 
     /// A feed in a process that follows no lives: it has viewers, and nothing to tell them here.
     #[must_use]
-    pub fn without_lives(gauges: LiveMetrics, epoch: u64) -> Live {
-        Live::new(None, gauges, epoch)
+    pub fn without_lives(gauges: LiveMetrics) -> Live {
+        Live::new(None, gauges, fastrand::u64(..))
     }
 
     fn new(metrics: Option<Arc<Metrics>>, gauges: LiveMetrics, epoch: u64) -> Live {
@@ -204,7 +204,7 @@ mod tests {
         fn new() -> Lives {
             let scope = Scope::new(&[7007], Vec::new());
             let metrics = Arc::new(Metrics::new(&scope, Observer::SockDiag, &log_lost_counter()));
-            Lives { live: Arc::new(Live::of(&metrics, 0xa1)), metrics, now: Duration::from_secs(5) }
+            Lives { live: Arc::new(Live::new(Some(Arc::clone(&metrics)), metrics.live.clone(), 0xa1)), metrics, now: Duration::from_secs(5) }
         }
 
         /// A handshake: two changes.

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 pub use check::{Finding, Severity, Thresholds};
 
 use crate::kernel::owners::{self, Owners};
+use crate::live::Live;
 use crate::metrics::{ACCEPT_ERRORS, ServiceRow, SurveyMetrics};
 use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
 use crate::survey::{Reading, Survey};
@@ -36,13 +37,15 @@ pub struct Watch {
     metrics: Arc<SurveyMetrics>,
     thresholds: Thresholds,
     owners: Mutex<Known>,
+    live: Arc<Live>,
 }
 
 impl Watch {
     /// Tells what `survey` sees.
     #[must_use]
     pub fn new(survey: Survey, metrics: Arc<SurveyMetrics>, thresholds: Thresholds) -> Watch {
-        Watch { survey, metrics, thresholds, owners: Mutex::default() }
+        let live = Arc::new(Live::without_lives(metrics.live.clone()));
+        Watch { survey, metrics, thresholds, owners: Mutex::default(), live }
     }
 
     /// A reading as a table, and how bad it is; `None` when the table cannot be read.
@@ -136,6 +139,14 @@ impl Source for Watch {
     fn connections<'a>(&'a self, _: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
         // It makes none, and follows nobody's life.
         Box::pin(async { Ok(b"[]".to_vec()) })
+    }
+
+    fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    fn lost(&self) -> Vec<(&'static str, u64)> {
+        self.metrics.lost()
     }
 
     fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()] {
