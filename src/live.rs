@@ -120,7 +120,7 @@ impl Live {
         self.gauges.viewers.inc();
         let place = told.place;
         drop(told);
-        Viewer::new(Arc::clone(self), place, after.map(|id| Place::named(id, self.epoch)))
+        Viewer::new(Arc::clone(self), place, after)
     }
 
     /// Tells the viewers what has happened since the last time; `now` is on the monotonic clock, `unix` the same in Unix
@@ -204,7 +204,11 @@ mod tests {
         fn new() -> Lives {
             let scope = Scope::new(&[7007], Vec::new());
             let metrics = Arc::new(Metrics::new(&scope, Observer::SockDiag, &log_lost_counter()));
-            Lives { live: Arc::new(Live::new(Some(Arc::clone(&metrics)), metrics.live.clone(), 0xa1)), metrics, now: Duration::from_secs(5) }
+            Lives {
+                live: Arc::new(Live::new(Some(Arc::clone(&metrics)), metrics.live.clone(), 0xa1)),
+                metrics,
+                now: Duration::from_secs(5),
+            }
         }
 
         /// A handshake: two changes.

@@ -30,14 +30,14 @@ pub struct Selection {
 }
 
 impl Selection {
-    fn takes(&self, life: &Life) -> bool {
+    fn takes(self, life: &Life) -> bool {
         self.role.is_none_or(|role| life.role == role)
             && self.state.is_none_or(|state| life.state == state)
             && self.outcome.is_none_or(|reason| life.reason == reason)
     }
 
     /// The greater, the sooner; the cookie decides between equals.
-    fn rank(&self, life: &Life, now: Duration) -> (Duration, u64) {
+    fn rank(self, life: &Life, now: Duration) -> (Duration, u64) {
         match self.order {
             Order::Youngest => (life.opened, life.cookie),
             // Of one that nobody follows any more, what is known.
@@ -79,12 +79,12 @@ impl Ledger {
     /// At most `limit` lives, the youngest first: those that go on and those that ended.
     #[must_use]
     pub fn recent(&self, limit: usize) -> Vec<Life> {
-        self.select(&Selection::default(), limit, Duration::ZERO)
+        self.select(Selection::default(), limit, Duration::ZERO)
     }
 
     /// At most `limit` lives of those that go on and those that ended.
     #[must_use]
-    pub fn select(&self, wanted: &Selection, limit: usize, now: Duration) -> Vec<Life> {
+    pub fn select(&self, wanted: Selection, limit: usize, now: Duration) -> Vec<Life> {
         let mut first = First { limit: limit.max(1), lives: Vec::new(), least: (Duration::ZERO, 0) };
         self.each(|life| {
             if wanted.takes(life) {
@@ -183,7 +183,8 @@ mod tests {
         for cookie in 1..=6 {
             let role = if cookie % 2 == 0 { Role::Server } else { Role::Client };
             let id = id(cookie, role, 40_000 + cookie as u16);
-            let mut life = if role == Role::Client { Lifecycle::client(at(cookie)) } else { Lifecycle::accepted(at(cookie)) };
+            let mut life =
+                if role == Role::Client { Lifecycle::client(at(cookie)) } else { Lifecycle::accepted(at(cookie)) };
             ledger.open(&id, life.state(), at(cookie));
             walk(&ledger, &id, &mut life, State::Established, at(cookie));
             if cookie >= 5 {
@@ -191,7 +192,7 @@ mod tests {
                 walk(&ledger, &id, &mut life, State::Close, at(100));
             }
         }
-        let ask = |selection: Selection, limit| cookies(&ledger.select(&selection, limit, at(50)));
+        let ask = |selection: Selection, limit| cookies(&ledger.select(selection, limit, at(50)));
         let all = Selection::default();
         assert_eq!(ask(all, 10), [6, 5, 4, 3, 2, 1]);
         assert_eq!(ask(all, 2), [6, 5]);
@@ -213,8 +214,8 @@ mod tests {
         }
         all.sort_unstable();
         let youngest: Vec<u64> = all.iter().rev().map(|(_, cookie)| *cookie).take(70).collect();
-        assert_eq!(cookies(&ledger.select(&Selection::default(), 70, at(1_000))), youngest);
-        assert_eq!(ledger.select(&Selection::default(), 10_000, at(1_000)).len(), 5_000);
+        assert_eq!(cookies(&ledger.select(Selection::default(), 70, at(1_000))), youngest);
+        assert_eq!(ledger.select(Selection::default(), 10_000, at(1_000)).len(), 5_000);
     }
 
     #[test]
@@ -224,7 +225,7 @@ mod tests {
             ledger.open(&id(cookie, Role::Client, 40_000), State::Close, at(cookie));
             ledger.lose(cookie);
         }
-        let lives = ledger.select(&Selection::default(), KEPT * 2, at(9_999));
+        let lives = ledger.select(Selection::default(), KEPT * 2, at(9_999));
         assert_eq!((lives.len(), lives[0].cookie, lives[0].followed), (KEPT, KEPT as u64 + 9, false));
     }
 

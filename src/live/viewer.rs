@@ -21,11 +21,12 @@ pub struct Viewer {
 }
 
 impl Viewer {
-    /// One that begins at `now`, or where it left: `Some(None)` if that was not here.
-    pub(super) fn new(live: Arc<Live>, now: Place, after: Option<Option<Place>>) -> Viewer {
-        let restarted = after == Some(None);
+    /// One that begins at `now`, or where it left, by the id of what it was told last.
+    pub(super) fn new(live: Arc<Live>, now: Place, after: Option<&str>) -> Viewer {
+        let left = after.and_then(|id| Place::named(id, live.epoch));
+        let restarted = after.is_some() && left.is_none();
         // A place ahead of us is nobody's.
-        let place = after.flatten().filter(|place| place.batch <= now.batch && place.changes <= now.changes);
+        let place = left.filter(|place| place.batch <= now.batch && place.changes <= now.changes);
         Viewer { live, place: place.unwrap_or(now), restarted, returning: true, owed: true }
     }
 

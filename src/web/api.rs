@@ -32,7 +32,11 @@ pub(super) fn question(query: Option<&str>) -> Result<Question, &'static str> {
         let (name, value) = pair.split_once('=').ok_or(KNOWN)?;
         match name {
             "limit" => {
-                limit = value.parse().ok().filter(|n| (1..=10 * KEPT).contains(n)).ok_or("limit must be from 1 to 10000\n")?;
+                limit = value
+                    .parse()
+                    .ok()
+                    .filter(|n| (1..=10 * KEPT).contains(n))
+                    .ok_or("limit must be from 1 to 10000\n")?;
             }
             "role" => {
                 let role = Role::ALL.into_iter().find(|role| role.label() == value);
@@ -43,7 +47,9 @@ pub(super) fn question(query: Option<&str>) -> Result<Question, &'static str> {
                 let reason = Reason::ALL.into_iter().find(|reason| reason.label() == value);
                 selection.outcome = Some(match reason {
                     None if value == "open" => None,
-                    reason => Some(reason.ok_or("outcome must be open or a reason as in echoscope_connections_closed_total\n")?),
+                    reason => Some(
+                        reason.ok_or("outcome must be open or a reason as in echoscope_connections_closed_total\n")?,
+                    ),
                 });
             }
             "order" => {
@@ -191,7 +197,7 @@ pub(super) fn connections(journal: &Journal, question: &Question) -> Vec<Connect
         }
     };
     let lives = match question {
-        Question::Some(selection, limit) => journal.ledger().select(selection, *limit, clock::monotonic()),
+        Question::Some(selection, limit) => journal.ledger().select(*selection, *limit, clock::monotonic()),
         Question::BothEnds(cookie) => match journal.ledger().both_ends(*cookie) {
             Some((this, other)) => std::iter::once(this).chain(other).collect(),
             None => Vec::new(),
@@ -207,21 +213,44 @@ mod tests {
     #[test]
     fn questions() {
         let all = Selection::default();
-        let longest = Selection { role: Some(Role::Client), state: Some(State::TimeWait), order: Order::Longest, ..all };
+        let longest =
+            Selection { role: Some(Role::Client), state: Some(State::TimeWait), order: Order::Longest, ..all };
         for (query, asked) in [
             ("", Question::Some(all, DEFAULT_LIMIT)),
             ("limit=7", Question::Some(all, 7)),
             ("role=client&state=time-wait&order=longest", Question::Some(longest, DEFAULT_LIMIT)),
             ("outcome=open&", Question::Some(Selection { outcome: Some(None), ..all }, DEFAULT_LIMIT)),
-            ("outcome=drain_aborted", Question::Some(Selection { outcome: Some(Some(Reason::DrainAborted)), ..all }, 100)),
+            (
+                "outcome=drain_aborted",
+                Question::Some(Selection { outcome: Some(Some(Reason::DrainAborted)), ..all }, 100),
+            ),
             ("conn=2a1", Question::BothEnds(0x2a1)),
         ] {
             assert_eq!(question(Some(query)), Ok(asked), "{query}");
         }
         for wrong in [
-            "limit=0", "limit=", "limit=x", "limit=99999999999", "limit", "role=", "role=peer", "role=Server", "state=",
-            "state=7", "outcome=", "outcome=fine", "order=oldest", "=", "limit=1&x=2", "conn=", "conn=xyz", "conn=-1",
-            "conn=1&limit=2", "limit=2&conn=1", "conn=11111111111111111", "%72ole=client",
+            "limit=0",
+            "limit=",
+            "limit=x",
+            "limit=99999999999",
+            "limit",
+            "role=",
+            "role=peer",
+            "role=Server",
+            "state=",
+            "state=7",
+            "outcome=",
+            "outcome=fine",
+            "order=oldest",
+            "=",
+            "limit=1&x=2",
+            "conn=",
+            "conn=xyz",
+            "conn=-1",
+            "conn=1&limit=2",
+            "limit=2&conn=1",
+            "conn=11111111111111111",
+            "%72ole=client",
         ] {
             assert!(question(Some(wrong)).is_err(), "{wrong}");
         }

@@ -57,7 +57,8 @@ mod tests {
     fn every_file_is_served_and_every_name_in_it_is_a_file() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/web/page");
         let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let files: BTreeSet<String> = files.filter(|name| name != "index.html").map(|name| format!("/page/{name}")).collect();
+        let files: BTreeSet<String> =
+            files.filter(|name| name != "index.html").map(|name| format!("/page/{name}")).collect();
         let served: BTreeSet<String> = ASSETS.iter().skip(1).map(|asset| asset.path.to_owned()).collect();
         assert_eq!(served, files);
         for Asset { path, content, .. } in ASSETS {
@@ -75,7 +76,9 @@ mod tests {
     #[test]
     fn nothing_is_written_into_the_page_that_runs_and_nothing_is_asked_elsewhere() {
         for Asset { path, content, .. } in ASSETS {
-            for never in ["https://", "innerHTML", "insertAdjacentHTML", "document.write", "eval(", " style=\"", "javascript:"] {
+            for never in
+                ["https://", "innerHTML", "insertAdjacentHTML", "document.write", "eval(", " style=\"", "javascript:"]
+            {
                 assert!(!content.contains(never), "{path}: {never}");
             }
             let elsewhere = content.matches("http://").count() - content.matches("http://www.w3.org/2000/svg").count();

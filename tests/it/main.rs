@@ -13,6 +13,7 @@ mod lab;
 mod lab_events;
 mod losses;
 mod modes;
+mod page;
 mod pair;
 mod support;
 mod trace;

@@ -7,7 +7,7 @@ import { sum } from './sockets.js';
 const SECONDS = 300;
 const SHOWN = ['ESTABLISHED', 'CLOSE_WAIT', 'TIME_WAIT'];
 const ROLES = ['client', 'server'];
-const HEIGHT = 96;
+const HEIGHT = 104;
 
 export class Charts {
   // When, and for each state both roles' counts; null where nobody knows.
@@ -17,8 +17,9 @@ export class Charts {
   constructor() {
     for (const state of SHOWN) {
       const lines = ROLES.map((role) => s('path', { class: `line ${role}` }));
-      const [most, zero] = [s('text', { class: 'axis', x: 2, y: 12 }), s('line', { class: 'zero', x1: 0, y1: HEIGHT - 1, y2: HEIGHT - 1 })];
-      const svg = s('svg', { class: 'chart', role: 'img', height: HEIGHT }, zero, lines, most);
+      const [most, zero] = [s('text', { class: 'axis', x: 2, y: 12 }), s('line', { class: 'zero', x1: 0, y1: HEIGHT - 14, y2: HEIGHT - 14 })];
+      const ends = [s('text', { class: 'axis', x: 2, y: HEIGHT - 2 }, '5 minutes ago'), s('text', { class: 'axis now', y: HEIGHT - 2 }, 'now')];
+      const svg = s('svg', { class: 'chart', role: 'img', height: HEIGHT }, zero, lines, most, ends);
       const now = ROLES.map((role) => h('span', { class: `who ${role}` }));
       const figure = h('figure', {}, h('figcaption', {}, h('b', {}, state), now), svg);
       $('charts').append(figure);
@@ -29,6 +30,7 @@ export class Charts {
         mark(svg, 'width', width);
         mark(svg, 'viewBox', `0 0 ${width} ${HEIGHT}`);
         mark(zero, 'x2', width);
+        mark(ends[1], 'x', width - 2);
         this.#draw(chart);
       });
     }
@@ -58,7 +60,7 @@ export class Charts {
     const last = this.#points.at(-1);
     const top = Math.max(1, ...this.#points.flatMap((point) => point.counts?.[which] ?? []));
     const x = (at) => (width - 3) * (1 - (last.at - at) / SECONDS);
-    const y = (n) => HEIGHT - 2 - (n / top) * (HEIGHT - 22);
+    const y = (n) => HEIGHT - 15 - (n / top) * (HEIGHT - 33);
     ROLES.forEach((role, r) => {
       let [path, pen] = ['', false];
       for (const { at, counts } of this.#points) {

@@ -6,6 +6,8 @@ import { LABEL, age, count, short } from './words.js';
 import { sum } from './sockets.js';
 
 const ROLES = ['client', 'server'];
+// Told apart without colour too.
+const MARKS = ['●', '■'];
 
 // A rate is what came in about so many seconds.
 const MEMORY = 2.5;
@@ -32,8 +34,8 @@ export class Diagram {
     this.dotLayer = s('g', { class: 'dots', 'aria-hidden': 'true' });
     this.nodeLayer = s('g', { class: 'nodes' });
     this.#svg.append(this.arrowLayer, this.dotLayer, this.nodeLayer);
-    for (const [from, to, out, along, into, end, words, options] of ARROWS) {
-      this.#arrow(`${from} ${to === 'END' ? 'CLOSED' : to}`, { from, to, out, along, into, end, words, ...options });
+    for (const [from, to, out, along, into, end, words, where, below, path] of ARROWS) {
+      this.#arrow(`${from} ${to === 'END' ? 'CLOSED' : to}`, { from, to, out, along, into, end, words, where, below, path });
     }
     for (const [from, side, along] of SUDDEN) this.#arrow(`${from} CLOSED`, { from, side, along, sudden: true });
     NODES.forEach((node) => this.#node(node));
@@ -53,6 +55,7 @@ export class Diagram {
     const oldest = s('text', { class: 'oldest' });
     const g = s('g', { class: 'node', 'data-state': node.state }, s('title', {}, `${node.state}: what it means`), box, name, counts, oldest);
     const end = node.id === 'END';
+    if (end) say(oldest, 'the end');
     if (end) {
       // The same state once more: one of the two is enough for who does not see where it stands.
       mark(g, 'aria-hidden', 'true');
@@ -118,7 +121,7 @@ export class Diagram {
     const { em } = this.#grid;
     const { x, y, w, h } = (node.at = place(this.#grid, node, node.n));
     for (const [name, value] of Object.entries({ x: x - w, y: y - h, width: 2 * w, height: 2 * h })) mark(node.box, name, value.toFixed(1));
-    const texts = [[node.name, x, y - h + em * 1.3], [node.counts[0], x - w * 0.45, y - h + em * 2.45], [node.counts[1], x + w * 0.45, y - h + em * 2.45], [node.oldest, x, y - h + em * 3.4]];
+    const texts = [[node.name, x, y - h + em * (node.id === 'END' ? 1.9 : 1.3)], [node.counts[0], x - w * 0.45, y - h + em * 2.45], [node.counts[1], x + w * 0.45, y - h + em * 2.45], [node.oldest, x, y - h + em * (node.id === 'END' ? 3 : 3.45)]];
     for (const [text, tx, ty] of texts) {
       mark(text, 'x', tx.toFixed(1));
       mark(text, 'y', ty.toFixed(1));
@@ -137,11 +140,11 @@ export class Diagram {
     } else {
       arrow.line = arrow.unknown ? straight(from, to) : curve(from, arrow.out, arrow.along, to, arrow.into, arrow.end);
       arrow.text.forEach((text, i) => {
-        const [x, y] = arrow.line.point(arrow.t ?? 0.5);
-        const aside = arrow.left ? -em * 0.6 : arrow.right ? em * 0.6 : 0;
-        mark(text, 'x', x + aside);
-        mark(text, 'y', y + (arrow.above ? -em * 0.55 : em * 0.3) + (i - (arrow.text.length - 1) / 2) * em * 1.05);
-        mark(text, 'text-anchor', arrow.left ? 'end' : arrow.right ? 'start' : 'middle');
+        const [place, side] = arrow.where;
+        const [x, y] = arrow.line.point({ b: 0, m: 0.5, e: 1 }[place]);
+        mark(text, 'x', x + { l: -0.6, r: 0.6, o: 0 }[side] * em);
+        mark(text, 'y', y + (0.3 + arrow.below + (i - (arrow.text.length - 1) / 2) * 1.05) * em);
+        mark(text, 'text-anchor', { l: 'end', r: 'start', o: 'middle' }[side]);
         mark(text, 'visibility', roomy ? null : 'hidden');
       });
     }
@@ -156,7 +159,7 @@ export class Diagram {
       const n = sums[0].n + sums[1].n;
       if (node.id === 'END') continue;
       sums.forEach(({ n: of }, i) => {
-        say(node.counts[i], short(of));
+        say(node.counts[i], `${MARKS[i]} ${short(of)}`);
         node.counts[i].classList.toggle('none', of === 0);
       });
       const old = sums.filter(({ oldest }) => oldest !== null).sort((a, b) => b.oldest - a.oldest)[0];
@@ -179,7 +182,7 @@ export class Diagram {
   unknown() {
     for (const node of this.#nodes.values()) {
       if (node.id === 'END') continue;
-      node.counts.forEach((text) => say(text, '?'));
+      node.counts.forEach((text, i) => say(text, `${MARKS[i]} ?`));
       say(node.oldest, '');
       mark(node.g, 'aria-label', `${node.state}: not known`);
     }

@@ -115,7 +115,7 @@ function asText(life, end) {
 
 function draw(lives, ends, width, told) {
   const em = parseFloat(getComputedStyle($('ladder-drawing')).fontSize);
-  const [gap, slope, head] = [em * 3.5, em * 2.1, em * 3.4];
+  const [gap, slope, head] = [em * 3.5, em * 2.1, em * 4];
   const found = segments(ends);
   const y = rows(ends, found, { gap, slope, open: em * 6.4 }).map((column) => column.map((value) => value + head));
   const bottom = Math.max(...y.flat(), head + gap) + em * 3.2;
@@ -124,14 +124,16 @@ function draw(lives, ends, width, told) {
   const svg = s('svg', { viewBox: `0 0 ${width} ${bottom}`, width, height: bottom, role: 'img', 'aria-label': `Ladder of the connection: ${told}. Its steps are listed below.` });
   const heads = ['seen', 'inferred', 'unseen'].map((kind) => s('marker', { id: `tip-${kind}`, class: `tip ${kind}`, viewBox: '0 0 10 10', refX: 9, refY: 5, markerWidth: 9, markerHeight: 9, markerUnits: 'userSpaceOnUse', orient: 'auto' }, s('path', { d: 'M0 1L9 5L0 9z' })));
   svg.append(s('defs', {}, heads));
-  SIDES.forEach((role, e) => svg.append(...line(role, lives[e], ends[e], x[e], y[e], bottom, em, e ? 1 : -1, side)));
+  // Both ends on one clock: it is one process that saw them.
+  const zero = Math.min(...ends.flatMap((end) => (end ?? []).filter((step) => step.at !== null).map((step) => step.at)));
+  SIDES.forEach((role, e) => svg.append(...line(role, lives[e], ends[e], x[e], y[e], bottom, em, e ? 1 : -1, side, zero)));
   for (const segment of found) svg.append(...arrow(segment, ends, x, y, em, slope));
   svg.append(...data(ends, found, x, y, em));
   return svg;
 }
 
 /** One end: its line, solid below what was seen and dashed below what was inferred, and its states beside it. */
-function line(role, life, end, x, y, bottom, em, dir, side) {
+function line(role, life, end, x, y, bottom, em, dir, side, zero) {
   const out = [s('text', { x, y: em * 1.2, class: `role ${life ? role : 'unseen'}`, 'text-anchor': 'middle' }, role)];
   if (!end) {
     out.push(s('text', { x, y: em * 2.3, class: 'time', 'text-anchor': 'middle' }, 'not seen from here'));
@@ -140,8 +142,6 @@ function line(role, life, end, x, y, bottom, em, dir, side) {
   }
   const address = life.local;
   out.push(s('text', { x, y: em * 2.3, class: 'time', 'text-anchor': 'middle' }, side < em * 9 ? `:${address.split(':').pop()}` : address));
-  const start = end.findIndex((step) => step.at !== null);
-  const zero = start < 0 ? 0 : end[start].at;
   end.forEach((step, i) => {
     const over = step.state === 'CLOSED' && i > 0;
     const next = y[i + 1] ?? (over ? y[i] + em * 1.2 : bottom - em * 0.6);
@@ -151,7 +151,7 @@ function line(role, life, end, x, y, bottom, em, dir, side) {
     out.push(s('text', { ...at, y: y[i] + em * (step.first ? 0 : 0.35), class: `state ${role}${step.first || observed(step) ? '' : ' inferred'}` }, step.state));
     if (step.first) return;
     // Nobody timed what was inferred: it was over by then.
-    const time = i === start ? clock(step.at, 3) : `+${duration(step.at - zero)}`;
+    const time = step.at === zero ? clock(step.at, 3) : `+${duration(step.at - zero)}`;
     out.push(s('text', { ...at, y: y[i] + em * 1.35, class: 'time' }, observed(step) ? time : `by ${time}`));
     const why = [step.via ? `way ${step.via}` : '', step.evidence].filter(Boolean).join(', ');
     out.push(s('text', { ...at, y: y[i] + em * 2.25, class: `why${observed(step) ? '' : ' inferred'}` }, side < em * 9 || !step.cause ? why : `${why} · ${words(step.cause)}`));

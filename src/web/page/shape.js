@@ -19,27 +19,28 @@ export const NODES = [
 export const ROWS = 7;
 
 /**
- * from, to, side and place where it leaves, side and place where it comes in, what is written at it and where.
+ * from, to, side and place where it leaves, side and place where it comes in, what is written at it and where: beside its
+ * beginning (`b`), end (`e`) or middle (`m`), to the left or right of it or over it (`o`), so many lines of text below.
  * Places run from -1 to 1 along a side. `path` is whose textbook path it is on.
  */
 export const ARROWS = [
-  ['CLOSED', 'LISTEN', 'b', -0.25, 't', -0.25, ['listen(2)'], { path: 'server', left: true }],
-  ['LISTEN', 'CLOSED', 't', 0.25, 'b', 0.25, ['close(2)'], { right: true }],
-  ['CLOSED', 'SYN_SENT', 'r', 0, 't', 0, ['connect(2)', 'SYN out'], { path: 'client', t: 0.55, right: true }],
-  ['LISTEN', 'SYN_RECV', 'l', 0, 't', 0, ['SYN in', 'SYN+ACK out'], { path: 'server', t: 0.5, left: true }],
-  ['SYN_SENT', 'SYN_RECV', 'l', 0, 'r', 0, ['SYN in: both at once'], { above: true }],
-  ['SYN_SENT', 'ESTABLISHED', 'b', 0, 't', 0.6, ['SYN+ACK in, ACK out'], { path: 'client', t: 0.5, right: true }],
-  ['SYN_RECV', 'ESTABLISHED', 'b', 0.3, 't', -0.6, ['ACK in'], { path: 'server', t: 0.5, left: true }],
-  ['SYN_RECV', 'FIN_WAIT1', 'b', -0.6, 't', -0.6, ['close', 'FIN out'], { t: 0.45, right: true }],
-  ['ESTABLISHED', 'FIN_WAIT1', 'b', -0.6, 't', 0.3, ['close, FIN out'], { path: 'client', t: 0.5, left: true }],
-  ['ESTABLISHED', 'CLOSE_WAIT', 'b', 0.6, 't', 0, ['FIN in, ACK out'], { path: 'server', t: 0.5, right: true }],
-  ['FIN_WAIT1', 'FIN_WAIT2', 'b', -0.3, 't', -0.3, ['ACK in'], { path: 'client', right: true }],
-  ['FIN_WAIT1', 'CLOSING', 'r', 0, 't', 0, ['FIN in', 'ACK out'], { t: 0.4, right: true }],
-  ['FIN_WAIT2', 'TIME_WAIT', 'b', 0, 'l', 0, ['FIN in', 'ACK out'], { path: 'client', t: 0.6, left: true }],
-  ['CLOSING', 'TIME_WAIT', 'b', 0, 't', 0, ['ACK in'], { right: true }],
-  ['CLOSE_WAIT', 'LAST_ACK', 'b', 0, 't', 0, ['close, FIN out'], { path: 'server', left: true }],
-  ['LAST_ACK', 'END', 'b', 0, 't', 0, ['ACK in'], { path: 'server', left: true }],
-  ['TIME_WAIT', 'END', 'r', 0, 'l', 0, ['60 s'], { path: 'client', above: true }],
+  ['CLOSED', 'LISTEN', 'b', -0.25, 't', -0.25, ['listen(2)'], 'ml', 0, 'server'],
+  ['LISTEN', 'CLOSED', 't', 0.25, 'b', 0.25, ['close(2)'], 'mr', 0],
+  ['CLOSED', 'SYN_SENT', 'r', 0, 't', 0, ['connect(2)', 'SYN out'], 'er', -2.9, 'client'],
+  ['LISTEN', 'SYN_RECV', 'l', 0, 't', 0, ['SYN in', 'SYN+ACK out'], 'el', -2.9, 'server'],
+  ['SYN_SENT', 'SYN_RECV', 'l', 0, 'r', 0, ['SYN in: both at once'], 'mo', -0.8],
+  ['SYN_SENT', 'ESTABLISHED', 'b', 0, 't', 0.6, ['SYN+ACK in', 'ACK out'], 'br', 1.4, 'client'],
+  ['SYN_RECV', 'ESTABLISHED', 'b', 0.3, 't', -0.6, ['ACK in'], 'bl', 1.2, 'server'],
+  ['SYN_RECV', 'FIN_WAIT1', 'b', -0.6, 't', -0.6, ['close', 'FIN out'], 'mr', 0],
+  ['ESTABLISHED', 'FIN_WAIT1', 'b', -0.6, 't', 0.3, ['close', 'FIN out'], 'el', -1.5, 'client'],
+  ['ESTABLISHED', 'CLOSE_WAIT', 'b', 0.6, 't', 0, ['FIN in', 'ACK out'], 'er', -1.5, 'server'],
+  ['FIN_WAIT1', 'FIN_WAIT2', 'b', -0.3, 't', -0.3, ['ACK in'], 'mr', 0, 'client'],
+  ['FIN_WAIT1', 'CLOSING', 'r', 0, 't', 0, ['FIN in', 'ACK out'], 'er', -3, null],
+  ['FIN_WAIT2', 'TIME_WAIT', 'b', 0, 'l', 0, ['FIN in', 'ACK out'], 'bl', 1.6, 'client'],
+  ['CLOSING', 'TIME_WAIT', 'b', 0, 't', 0, ['ACK in'], 'mr', 0],
+  ['CLOSE_WAIT', 'LAST_ACK', 'b', 0, 't', 0, ['close', 'FIN out'], 'ml', 0, 'server'],
+  ['LAST_ACK', 'END', 'b', 0, 't', 0, ['ACK in'], 'ml', 0, 'server'],
+  ['TIME_WAIT', 'END', 'r', 0, 'l', 0, ['60 s'], 'mo', -0.8, 'client'],
 ];
 
 /** Where a sudden end leaves: a reset, a timeout, an abort lead to CLOSED from anywhere. */
@@ -54,7 +55,7 @@ const OUT = { t: [0, -1], b: [0, 1], l: [-1, 0], r: [1, 0] };
 export function grid(width, em) {
   const node = Math.min(Math.max(width * 0.24, em * 6.6), em * 13);
   const tall = em * 3.9;
-  const step = Math.max(em * 6.2, Math.min(width * 0.12, em * 7.6));
+  const step = Math.max(em * 6.4, Math.min(width * 0.14, em * 7.8));
   const margin = Math.max(em * 0.4, Math.min(em * 3, (width - 3 * node) / 8));
   const columns = [margin + node / 2, width / 2, width - margin - node / 2];
   return { width, em, node, tall, step, columns, height: step * (ROWS - 1) + tall + em * 1.2, roomy: width > em * 40 };
