@@ -53,23 +53,25 @@ export class Diagram {
     const name = s('text', { class: 'name' }, node.state);
     const counts = ROLES.map((role) => s('text', { class: `count ${role}` }));
     const oldest = s('text', { class: 'oldest' });
-    const g = s('g', { class: 'node', 'data-state': node.state }, s('title', {}, `${node.state}: what it means`), box, name, counts, oldest);
+    // The counts are in its label, in words: as text beside them they would be read twice.
+    const hit = s('g', { class: 'hit' }, box, name);
+    const g = s('g', { class: 'node', 'data-state': node.state }, hit, s('g', { 'aria-hidden': 'true' }, counts, oldest));
     const end = node.id === 'END';
     if (end) say(oldest, 'the end');
     if (end) {
       // The same state once more: one of the two is enough for who does not see where it stands.
       mark(g, 'aria-hidden', 'true');
     } else {
-      for (const [key, value] of Object.entries({ tabindex: 0, role: 'button', 'aria-pressed': 'false', 'aria-label': node.state })) mark(g, key, value);
-      g.addEventListener('focus', () => this.look(node.state, false));
-      g.addEventListener('blur', () => this.look(null, false));
+      for (const [key, value] of Object.entries({ tabindex: 0, role: 'button', 'aria-pressed': 'false', 'aria-label': node.state })) mark(hit, key, value);
+      hit.addEventListener('focus', () => this.look(node.state, false));
+      hit.addEventListener('blur', () => this.look(null, false));
     }
     g.addEventListener('pointerenter', () => this.look(node.state, false));
     g.addEventListener('pointerleave', () => this.look(null, false));
     g.addEventListener('click', () => this.look(node.state, true));
-    g.addEventListener('keydown', (event) => this.#key(event, node));
+    hit.addEventListener('keydown', (event) => this.#key(event, node));
     this.nodeLayer.append(g);
-    this.#nodes.set(node.id, { ...node, g, box, name, counts, oldest, n: 0 });
+    this.#nodes.set(node.id, { ...node, g, hit, box, name, counts, oldest, n: 0 });
   }
 
   #arrow(key, arrow) {
@@ -92,7 +94,7 @@ export class Diagram {
       const ahead = NODES.filter((other) => other.id !== 'END' && (other.column - node.column) * dx + (other.row - node.row) * dy > 0);
       const far = (other) => Math.hypot((other.column - node.column) * (dx ? 1 : 2.2), (other.row - node.row) * (dy ? 1 : 2.2));
       const next = ahead.sort((a, b) => far(a) - far(b))[0];
-      if (next) this.#nodes.get(next.id).g.focus();
+      if (next) this.#nodes.get(next.id).hit.focus();
     } else return;
     event.preventDefault();
   }
@@ -100,7 +102,7 @@ export class Diagram {
   /** Marks the state that is looked at for good. */
   choose(state) {
     for (const node of this.#nodes.values()) {
-      if (node.id !== 'END') mark(node.g, 'aria-pressed', String(node.state === state));
+      if (node.id !== 'END') mark(node.hit, 'aria-pressed', String(node.state === state));
       node.g.classList.toggle('chosen', node.state === state);
     }
   }
@@ -169,7 +171,7 @@ export class Diagram {
       node.g.classList.toggle('warn', bad.length > 0);
       node.g.classList.toggle('bad', bad.some((finding) => finding.bad));
       node.g.classList.toggle('held', n > 0);
-      mark(node.g, 'aria-label', `${node.state}: ${ROLES.map((role, i) => `${count(sums[i].n)} ${role}`).join(', ')}${told ? `; the oldest for ${told}` : ''}${bad.length ? '; warning' : ''}`);
+      mark(node.hit, 'aria-label', `${node.state}: ${ROLES.map((role, i) => `${count(sums[i].n)} ${role}`).join(', ')}${told ? `; the oldest for ${told}` : ''}${bad.length ? '; warning' : ''}`);
       if (n !== node.n) {
         node.n = n;
         this.#draw(node);
@@ -184,7 +186,7 @@ export class Diagram {
       if (node.id === 'END') continue;
       node.counts.forEach((text, i) => say(text, `${MARKS[i]} ?`));
       say(node.oldest, '');
-      mark(node.g, 'aria-label', `${node.state}: not known`);
+      mark(node.hit, 'aria-label', `${node.state}: not known`);
     }
   }
 

@@ -60,7 +60,6 @@ export class Log {
   }
 
   #put(entry) {
-    const log = $('log');
     const row = this.#rows.length < SHOWN ? this.#row() : this.#rows.shift();
     this.#rows.push(row);
     mark(row.li, 'class', entry.note ? `note${entry.strong ? ' strong' : ''}` : null);
@@ -68,7 +67,7 @@ export class Log {
     row.note.hidden = !entry.note;
     if (entry.note) say(row.note, entry.note);
     else this.#fill(row, entry);
-    log.prepend(row.li);
+    $('log-lines').prepend(row.li);
   }
 
   #row() {
