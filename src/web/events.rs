@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Empty, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::{Method, Request};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::Readiness;
 use super::peers::Peer;
@@ -31,8 +31,11 @@ const FULL: NoAnswer = NoAnswer::Unavailable("16 viewers already: close one, or 
 /// How often viewers are told of state changes, at most.
 const BATCH: Duration = Duration::from_millis(100);
 
-/// How often the sockets are counted for them.
+/// How often the sockets are counted for them; less often where the table is so large that counting would take more than
+/// one part in `DUTY` of a core, but not less than every `SELDOM`.
 const CENSUS: Duration = Duration::from_secs(1);
+const DUTY: u32 = 50;
+const SELDOM: Duration = Duration::from_secs(5);
 
 /// For so long after the last viewer has left, state changes are kept for it to come back.
 const LINGER: Duration = Duration::from_secs(30);
@@ -123,12 +126,12 @@ impl Events {
     }
 
     async fn feed_census(&self) {
-        let mut ticks = interval(CENSUS);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            ticks.tick().await;
+            let began = Instant::now();
             let event = if self.source.live().viewers() > 0 { self.count().await } else { Bytes::new() };
+            let took = began.elapsed();
             self.census.send_replace(event);
+            sleep_until(began + (took * DUTY).clamp(CENSUS, SELDOM)).await;
         }
     }
 

@@ -30,6 +30,8 @@ const page = {
   /** How many changes this page was not told of one by one. */
   missed: 0,
   totals: new Map(),
+  greeted: null,
+  recalled: false,
 };
 
 const facts = new Facts((state) => diagram.choose(state));
@@ -120,21 +122,19 @@ function arrange(followed) {
   }
 }
 
-let count_ = 0;
 function totals() {
   const list = [...page.totals.values()];
   diagram.walked(list);
   facts.walked(list);
-  count_ = list.reduce((sum, walk) => sum + walk[4], 0);
-  say($('walked'), `${count(count_)} changes of state since the process began`);
+  const changes = list.reduce((sum, walk) => sum + walk[4], 0);
+  say($('walked'), `${count(changes)} changes of state since the process began`);
 }
 
 const feed = new Feed({
   state(how, why) {
     document.body.dataset.feed = how;
     say($('state'), how === 'open' ? 'live' : `connection lost${why ? `: ${why}` : ''}; trying again`);
-    if (how === 'open') return;
-    charts.add(Date.now() / 1000, null);
+    if (how !== 'open') charts.gap();
   },
   hello({ version, transitions, restarted, walked }) {
     if (page.version && page.version !== version) say($('version'), `${version}: load this page anew, it is of ${page.version}`);
@@ -146,6 +146,7 @@ const feed = new Feed({
       charts.clear();
     }
     if (page.lives !== transitions) arrange(transitions);
+    page.greeted ??= performance.now();
     page.totals = new Map(walked.map((walk) => [walk.slice(0, 4).join(), walk]));
     totals();
   },
@@ -171,6 +172,9 @@ const feed = new Feed({
     page.lost = lost;
     losses();
     if (page.lives) totals();
+    // Changes are told one by one from the greeting on; what was before is in the last lives.
+    if (page.lives && !page.recalled) log.before(at - (performance.now() - page.greeted) / 1000);
+    page.recalled = true;
     say($('ready'), ready ? 'takes work' : 'starting or draining');
     $('ready').classList.toggle('not', !ready);
     say($('time'), `${clock(at, 0)} UTC`);

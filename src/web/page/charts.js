@@ -8,6 +8,8 @@ const SECONDS = 300;
 const SHOWN = ['ESTABLISHED', 'CLOSE_WAIT', 'TIME_WAIT'];
 const ROLES = ['client', 'server'];
 const HEIGHT = 104;
+// A large table is counted less often than each second: every five at most.
+const SELDOM = 6.5;
 
 export class Charts {
   // When, and for each state both roles' counts; null where nobody knows.
@@ -41,11 +43,17 @@ export class Charts {
     const last = this.#points.at(-1);
     // A clock that was set back begins anew.
     if (last && at <= last.at) this.#points = [];
-    if (last && at - last.at > 2.5) this.#points.push({ at: last.at + 1, counts: null });
+    if (last && at - last.at > SELDOM) this.#points.push({ at: last.at + 1, counts: null });
     this.#points.push({ at, counts });
     const old = this.#points.findIndex((point) => point.at > at - SECONDS);
     this.#points.splice(0, old < 0 ? this.#points.length : old);
     this.#charts.forEach((chart) => this.#draw(chart));
+  }
+
+  /** Nobody counts any more. */
+  gap() {
+    const last = this.#points.at(-1);
+    if (last?.counts) this.#points.push({ at: last.at + 0.001, counts: null });
   }
 
   /** Other services are looked at, or another process: what was before is of something else. */

@@ -97,6 +97,7 @@ export class Ladder {
     if (this.#gone) notes.push(this.#lives.length ? 'No longer kept by the process: this is what was seen last.' : 'Not known, or no longer kept.');
     this.#lives.filter((life) => !life.followed).forEach((life) => notes.push(`The ${life.role} end is no longer followed: what became of it is not known.`));
     if (lives.some((life) => !life) && this.#lives.length) notes.push('One end only is seen from here: the other is grey, and nothing is said of its states.');
+    if (ends[0] && ends[1] && segments(ends).some(({ sent, got }) => sent >= 0 && got < 0)) notes.push('An arrow that ends half-way: the other end shows no sign of that segment.');
     say($('ladder-notes'), notes.join(' '));
     const told = lives.filter(Boolean).map((life) => `${life.role} ${life.local}, ${life.state}`).join('; ');
     say($('ladder-name'), told ? `${this.#lives[0].conn}` : this.#conn);

@@ -14,6 +14,7 @@ export class Lives {
   #busy = false;
   #again = false;
   #timer = 0;
+  #touched = false;
 
   /** `chosen(conn)` is told which one is chosen. */
   constructor(chosen) {
@@ -82,6 +83,15 @@ export class Lives {
     lives.forEach((life, i) => this.#fill(shown[i], life));
     say($('lives-note'), lives.length === 0 ? 'None.' : lives.length === SHOWN ? `${SHOWN} are shown, there may be more.` : `${lives.length} shown.`);
     this.#markActive();
+    this.#first();
+  }
+
+  /** So that there is a ladder to see: the first that has gone furthest, until somebody chooses. */
+  #first() {
+    if (this.#touched) return;
+    const ends = this.#lives.filter((life) => life.peer && life.steps.length > 1);
+    const first = ends.find((life) => life.role === 'client' && life.state === 'TIME_WAIT') ?? ends[0];
+    if (first) this.#choose(first.conn);
   }
 
   #fill({ row, cells }, life) {
@@ -110,6 +120,7 @@ export class Lives {
   }
 
   #choose(conn) {
+    this.#touched = true;
     this.#active = conn;
     this.#markActive();
     this.chosen(conn);

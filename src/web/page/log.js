@@ -44,6 +44,17 @@ export class Log {
     if (more) this.#add({ note: `and ${count(more)} more in the same moment: counted in the diagram, not listed` });
   }
 
+  /** What happened before this page was opened, as far as the last lives tell it. */
+  async before(at) {
+    const answer = await fetch(`/api/connections?limit=${SHOWN / 4}`).catch(() => null);
+    if (!answer?.ok) return;
+    const lines = (await answer.json()).flatMap(({ steps, began, ...life }) =>
+      steps.map((step, i) => ({ ...life, ...step, from: i ? steps[i - 1].to : began, after: undefined })));
+    const old = lines.filter((line) => line.at < at).sort((a, b) => b.at - a.at).slice(0, SHOWN / 2);
+    // Below what came meanwhile.
+    if (old.length) [{ note: 'Before this page was opened; times in a state are not kept:' }, ...old].forEach((entry) => this.#put(entry, true));
+  }
+
   /** Something to say between the lines. */
   say(note) {
     this.#add({ note, strong: true });
@@ -59,15 +70,19 @@ export class Log {
     this.#note();
   }
 
-  #put(entry) {
+  #put(entry, below = false) {
+    if (below && this.#rows.length >= SHOWN) return;
     const row = this.#rows.length < SHOWN ? this.#row() : this.#rows.shift();
-    this.#rows.push(row);
+    // The oldest line is the first to be used again.
+    if (below) this.#rows.unshift(row);
+    else this.#rows.push(row);
     mark(row.li, 'class', entry.note ? `note${entry.strong ? ' strong' : ''}` : null);
     for (const part of row.parts) part.hidden = Boolean(entry.note);
     row.note.hidden = !entry.note;
     if (entry.note) say(row.note, entry.note);
     else this.#fill(row, entry);
-    $('log-lines').prepend(row.li);
+    if (below) $('log-lines').append(row.li);
+    else $('log-lines').prepend(row.li);
   }
 
   #row() {
