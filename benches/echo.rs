@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde::Deserialize;
 use support::{Goal, Kept, Line, Spread, await_listener, chart, compile, get, installed, print, resident};
@@ -194,6 +195,16 @@ fn start_servers() -> Vec<Server> {
     let servers: Vec<Server> = all.into_iter().map(start).collect();
     await_listener(18106);
     std::thread::spawn(|| look_at("127.0.0.1:18106"));
+    std::thread::spawn(|| {
+        loop {
+            // As the page asks for its list and its ladder.
+            get("127.0.0.1:18106", "/api/connections?limit=50");
+            for _ in 0..2 {
+                get("127.0.0.1:18106", "/api/connections?conn=2a");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    });
     servers
 }
 

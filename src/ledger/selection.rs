@@ -104,14 +104,8 @@ impl Ledger {
     /// before the next client's.
     #[must_use]
     pub fn both_ends(&self, cookie: u64) -> Option<(Life, Option<Life>)> {
-        let mut this: Option<Life> = None;
-        self.each(|life| {
-            // The living are looked at first; whoever has ended meanwhile has more to tell.
-            if life.cookie == cookie {
-                this = Some(life.clone());
-            }
-        });
-        let this = this?;
+        let living = self.shard(cookie).get(&cookie).map(|life| Life::clone(life));
+        let this = living.or_else(|| lock(&self.ended).iter().rev().find(|life| life.cookie == cookie).cloned())?;
         let flow = this.flow();
         let mirrored = Flow { local: flow.peer, peer: flow.local };
         let (mut clients, mut servers): (Vec<Life>, Vec<Life>) = Default::default();

@@ -232,3 +232,56 @@ export async function restartAndFullHouse(browser, binary) {
   await close();
   await server.end();
 }
+
+/** Trouble that would take long to make: the page is told of it by a stream of the test's own. */
+export async function trouble(browser, server, look) {
+  const context = await browser.newContext({ viewport: { width: 1280, height: 900 } });
+  const page = await context.newPage();
+  const faults = [];
+  page.on('pageerror', (error) => faults.push(error.message));
+  page.on('console', (message) => message.type() === 'error' && faults.push(message.text()));
+  const census = await server.json('/api/sockets');
+  const at = Date.now() / 1000;
+  const event = (name, data) => `event: ${name}\ndata: ${JSON.stringify(data)}\n\n`;
+  Object.assign(census.services[0], { oldest_seconds: { close_wait: 200 } });
+  census.services[0].sockets.close_wait = 12_345;
+  census.targets = [{ target: 'db:5432', local_ports_used: 27_500, local_ports_limit: 28_232 }];
+  const line = { at, conn: '2a', role: 'client', local: '127.0.0.1:4', peer: '127.0.0.1:7', from: 'FIN_WAIT1', to: 'TIME_WAIT', evidence: 'sock_diag', via: 'unknown' };
+  const hostile = { ...line, conn: '<img src=x>', cause: '<script>alert(1)</script>', local: '"><b>x</b>' };
+  const walks = [['client', 'FIN_WAIT1', 'TIME_WAIT', 'sock_diag', 1], ['server', 'ESTABLISHED', 'CLOSED', 'tcp_info', 1], ['client', 'NOWHERE', 'CLOSED', 'tcp_info', 1]];
+  const stream = [
+    'retry: 600000\n\n',
+    event('hello', { version: '0', transitions: true, restarted: false, walked: walks.slice(0, 2) }),
+    event('sockets', { at, ready: false, lost: { events: 2, log_lines: 0, not_followed: 1, new_kind: 3 }, sockets: census }),
+    event('walked', { at, walks, lines: [line, hostile], more: 1_234 }),
+    event('missed', { transitions: 77 }),
+  ];
+  await page.route('**/events*', (route) => route.fulfill({ contentType: 'text/event-stream', body: stream.join('') }));
+  await page.goto(server.url);
+  await page.waitForFunction(() => document.getElementById('log').textContent.includes('77 changes are not listed'));
+  const is = (state, name) => page.evaluate(([state, name]) => document.querySelector(`.node[data-state=${state}]`).classList.contains(name), [state, name]);
+  assert(await is('CLOSE_WAIT', 'warn') && !(await is('CLOSE_WAIT', 'bad')), 'CLOSE_WAIT that ages is a warning');
+  assert(await is('TIME_WAIT', 'bad'), 'ports that run short are shown where they are');
+  const warnings = await page.textContent('#warnings');
+  assert(warnings.includes('12,345 CLOSE_WAIT, the oldest for 3 min 20 s') && warnings.includes('27,500 of 28,232 local ports towards db:5432'), warnings);
+  const losses = await page.textContent('#losses');
+  assert(losses === 'Lost: 2 times the kernel’s events were lost · 1 connection not followed to its end · new_kind: 3 · 77 changes not listed on this page', losses);
+  assert(await page.textContent('#ready') === 'starting or draining', 'it drains');
+  assert(await page.locator('[data-arrow="FIN_WAIT1 TIME_WAIT"].unknown').count() === 1, 'a way that nobody saw is drawn as such');
+  assert(await page.locator('[data-arrow="ESTABLISHED CLOSED"].sudden.walked').count() === 1, 'a sudden end');
+  const log = await page.textContent('#log');
+  assert(log.includes('and 1,234 more in the same moment') && log.includes('way unknown') && log.includes('<img src=x>'), log);
+  assert(await page.locator('#log img, #log script, #log b').count() === 0, 'text stays text');
+  await axe(page, 'trouble');
+  await page.emulateMedia({ colorScheme: 'dark' });
+  await axe(page, 'trouble, dark');
+  await look(page);
+  // A table that cannot be read is not a table of zeros.
+  await page.unroute('**/events*');
+  await page.route('**/events*', (route) => route.fulfill({ contentType: 'text/event-stream', body: stream.slice(0, 2).join('') + event('sockets', { at, ready: true, lost: {}, sockets: null }) }));
+  await page.reload();
+  await page.waitForFunction(() => document.querySelector('.node[data-state=LISTEN] .count.server').textContent.includes('?'));
+  assert(await page.locator('#unreadable').isVisible(), 'it is said');
+  assert(faults.length === 0, faults.join('\n'));
+  await context.close();
+}

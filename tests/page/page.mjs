@@ -7,7 +7,7 @@ import { mkdtempSync, mkdirSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { aLifeIsWalked, axe, countsAreTheApis, filtersAndKeyboard, restartAndFullHouse, stillness } from './checks.mjs';
+import { aLifeIsWalked, axe, countsAreTheApis, filtersAndKeyboard, restartAndFullHouse, stillness, trouble } from './checks.mjs';
 import { leftOpen } from './long.mjs';
 import { assert, browse, endAll, open, port, sleep, start, until } from './stage.mjs';
 
@@ -79,6 +79,8 @@ try {
     passed('filters, keyboard, pause');
     await stillness(browser, pair);
     passed('reduced motion');
+    await trouble(browser, pair, (page) => look(page, shots, 'trouble'));
+    passed('trouble: warnings, losses, unknown ways, hostile text');
 
     const watch = await start(binary, await port(), 'watch', '--remote-port', '9');
     const other = await open(browser, watch);
@@ -100,6 +102,7 @@ try {
     await until('a scenario to be shown', async () => scene.page.evaluate(() => document.querySelector('.node[data-state=LAST_ACK] .count.server').textContent.endsWith('1')));
     await until('its lives to be listed', async () => await scene.page.locator('#lives li').count() >= 2);
     assert(scene.seen.faults.length === 0, scene.seen.faults.join('\n'));
+    await axe(scene.page, 'a lab');
     await look(scene.page, shots, 'lab');
     await scene.close();
     await lab.end();
