@@ -127,11 +127,14 @@ impl Events {
 
     async fn feed_census(&self) {
         loop {
-            let began = Instant::now();
+            let (began, ready) = (Instant::now(), self.readiness.get());
             let event = if self.source.live().viewers() > 0 { self.count().await } else { Bytes::new() };
-            let took = began.elapsed();
+            let due = began + (began.elapsed() * DUTY).clamp(CENSUS, SELDOM);
             self.census.send_replace(event);
-            sleep_until(began + (took * DUTY).clamp(CENSUS, SELDOM)).await;
+            // A drain may be over soon: it is told of at once.
+            while Instant::now() < due && self.readiness.get() == ready {
+                sleep_until(due.min(Instant::now() + BATCH)).await;
+            }
         }
     }
 

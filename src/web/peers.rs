@@ -71,7 +71,7 @@ impl Peers {
     }
 }
 
-/// Whether a connection's peer asks, and takes its answers.
+/// Whether a connection's peer asks, and takes its answers, streams included.
 pub(super) struct Peer {
     /// How often it asked for something, or took what a stream told it.
     stirred: AtomicU64,

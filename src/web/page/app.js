@@ -34,7 +34,7 @@ const page = {
   recalled: false,
 };
 
-const facts = new Facts((state) => diagram.choose(state));
+const facts = new Facts((state) => diagram.choose(state), (meanings) => diagram.describe(meanings));
 const diagram = new Diagram((state, chosen) => facts.look(state, chosen));
 const charts = new Charts();
 const ladder = new Ladder();

@@ -99,6 +99,11 @@ export class Diagram {
     event.preventDefault();
   }
 
+  /** What each state means, for who hears the diagram; its age would be read out each second, and is in the facts. */
+  describe(meanings) {
+    for (const node of this.#nodes.values()) if (node.id !== 'END') mark(node.hit, 'aria-description', meanings.get(node.state));
+  }
+
   /** Marks the state that is looked at for good. */
   choose(state) {
     for (const node of this.#nodes.values()) {
@@ -171,7 +176,7 @@ export class Diagram {
       node.g.classList.toggle('warn', bad.length > 0);
       node.g.classList.toggle('bad', bad.some((finding) => finding.bad));
       node.g.classList.toggle('held', n > 0);
-      mark(node.hit, 'aria-label', `${node.state}: ${ROLES.map((role, i) => `${count(sums[i].n)} ${role}`).join(', ')}${told ? `; the oldest for ${told}` : ''}${bad.length ? '; warning' : ''}`);
+      mark(node.hit, 'aria-label', `${node.state}: ${ROLES.map((role, i) => `${count(sums[i].n)} ${role}`).join(', ')}${bad.length ? '; warning' : ''}`);
       if (n !== node.n) {
         node.n = n;
         this.#draw(node);

@@ -11,8 +11,10 @@ export class Facts {
   #services = [];
   #totals = [];
 
-  constructor(chosen) {
+  /** `chosen(state)` is told which state is chosen, `meanings(by state)` what each of them means. */
+  constructor(chosen, meanings) {
     this.chosen = chosen;
+    this.meanings = meanings;
     this.#load();
     $('facts-close').addEventListener('click', () => this.look(null, true));
   }
@@ -22,6 +24,7 @@ export class Facts {
     try {
       const { states } = await (await fetch('/api/states')).json();
       this.#states = new Map(states.map((facts) => [facts.state, facts]));
+      this.meanings(new Map(states.map(({ state, meaning }) => [state, meaning])));
     } catch {
       this.#states = null;
     }
