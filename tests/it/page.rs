@@ -115,8 +115,12 @@ fn walks(walks: &Value) -> u64 {
     walks.as_array().expect("walks").iter().map(|walk| walk[4].as_u64().unwrap()).sum()
 }
 
+/// A server whose listener's own change of state is counted.
 fn server() -> Echoscope {
-    Echoscope::start(&["server", "--listen", "127.0.0.1:0"])
+    let server = Echoscope::start(&["server", "--listen", "127.0.0.1:0"]);
+    let listens = || server.metrics().sum("echoscope_tcp_transitions_total", &[("to", "listen")]) == 1.0;
+    until("the listener's life to begin", || listens().then_some(()));
+    server
 }
 
 /// One connection that ends with the client's close; five changes at the server.

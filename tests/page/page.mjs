@@ -1,7 +1,7 @@
-// The live page in a real browser. Usage: node tests/page/page.mjs PATH/TO/echoscope [--pictures] [--minutes N] [--full]
+// The live page in a real browser. Usage: node tests/page/page.mjs PATH/TO/echoscope [--pictures] [--minutes N [--rate R]]
 //
-// --pictures writes those of the README, to $PICTURES; --minutes N leaves a page open for so long at 1,000 lifecycles a second;
-// --full, at as many as go.
+// --pictures writes those of the README, to $PICTURES; --minutes N leaves a page open for so long at 1,000 lifecycles a second, or
+// at --rate.
 
 import { mkdtempSync, mkdirSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -13,7 +13,7 @@ import { assert, browse, endAll, open, port, sleep, start, until } from './stage
 
 const { values: options, positionals: [binary] } = parseArgs({
   allowPositionals: true,
-  options: { pictures: { type: 'boolean' }, minutes: { type: 'string' }, full: { type: 'boolean' }, shots: { type: 'string' } },
+  options: { pictures: { type: 'boolean' }, minutes: { type: 'string' }, rate: { type: 'string', default: '1000' }, shots: { type: 'string' } },
 });
 const began = Date.now();
 const passed = (what) => console.log(`page: ${((Date.now() - began) / 1000).toFixed(0).padStart(3)} s  ${what}`);
@@ -53,8 +53,8 @@ async function pictures(page) {
 }
 
 try {
-  if (options.minutes || options.full) {
-    await leftOpen(browser, binary, [await port(), await port()], options.full ? 0 : 1000, Number(options.minutes ?? 1) * 60);
+  if (options.minutes) {
+    await leftOpen(browser, binary, [await port(), await port()], Number(options.rate), Number(options.minutes) * 60);
   } else {
     const shots = options.shots ?? mkdtempSync(join(tmpdir(), 'page-'));
     mkdirSync(shots, { recursive: true });
