@@ -41,6 +41,7 @@ async function look(page, dir, name) {
 async function pictures(page) {
   const dir = process.env.PICTURES;
   mkdirSync(dir, { recursive: true });
+  await page.click('.node[data-state=TIME_WAIT]');
   for (const colorScheme of ['light', 'dark']) {
     await page.emulateMedia({ colorScheme });
     await page.setViewportSize({ width: 1440, height: 900 });
@@ -50,6 +51,7 @@ async function pictures(page) {
     await page.screenshot({ path: join(dir, `page-${colorScheme}.png`) });
     await page.locator('.area-ladder:not([hidden])').screenshot({ path: join(dir, `ladder-${colorScheme}.png`) });
   }
+  await page.click('.node[data-state=TIME_WAIT]');
 }
 
 try {

@@ -96,7 +96,8 @@ export class Ladder {
     const notes = [];
     if (this.#gone) notes.push(this.#lives.length ? 'No longer kept by the process: this is what was seen last.' : 'Not known, or no longer kept.');
     this.#lives.filter((life) => !life.followed).forEach((life) => notes.push(`The ${life.role} end is no longer followed: what became of it is not known.`));
-    if (lives.some((life) => !life) && this.#lives.length) notes.push('One end only is seen from here: the other is grey, and nothing is said of its states.');
+    if (this.#lives.some((life) => life.local === life.peer)) notes.push('It is connected to itself: the other end is this one.');
+    else if (lives.some((life) => !life) && this.#lives.length) notes.push('One end only is seen from here: the other is grey, and nothing is said of its states.');
     if (ends[0] && ends[1] && segments(ends).some(({ sent, got }) => sent >= 0 && got < 0)) notes.push('An arrow that ends half-way: the other end shows no sign of that segment.');
     say($('ladder-notes'), notes.join(' '));
     const told = lives.filter(Boolean).map((life) => `${life.role} ${life.local}, ${life.state}`).join('; ');
@@ -123,7 +124,7 @@ function draw(lives, ends, width, told) {
   const side = Math.min(em * 12.5, width * 0.34);
   const x = [side, width - side];
   const svg = s('svg', { viewBox: `0 0 ${width} ${bottom}`, width, height: bottom, role: 'img', 'aria-label': `Ladder of the connection: ${told}. Its steps are listed below.` });
-  const heads = ['seen', 'inferred', 'unseen'].map((kind) => s('marker', { id: `tip-${kind}`, class: `tip ${kind}`, viewBox: '0 0 10 10', refX: 9, refY: 5, markerWidth: 9, markerHeight: 9, markerUnits: 'userSpaceOnUse', orient: 'auto' }, s('path', { d: 'M0 1L9 5L0 9z' })));
+  const heads = ['seen', 'inferred', 'unseen'].map((kind) => s('marker', { id: `tip-${kind}`, class: `tip ${kind}`, viewBox: '0 0 10 10', refX: 9, refY: 5, markerWidth: 9, markerHeight: 9, markerUnits: 'userSpaceOnUse', orient: 'auto-start-reverse' }, s('path', { d: 'M0 1L9 5L0 9z' })));
   svg.append(s('defs', {}, heads));
   // Both ends on one clock: it is one process that saw them.
   const zero = Math.min(...ends.flatMap((end) => (end ?? []).filter((step) => step.at !== null).map((step) => step.at)));

@@ -15,13 +15,15 @@ function passed(from, to, cause) {
     case 'TIME_WAIT':
       if (from === 'CLOSING') return { in: 'ACK of FIN' };
       return { in: 'FIN', out: 'ACK of FIN' };
-    case 'CLOSED':
-      if (cause === 'reset' || cause === 'refused') return { in: 'RST' };
-      if (cause === 'abort') return { out: 'RST' };
-      if (cause === 'ack') return { in: 'ACK of FIN' };
-      return {};
+    case 'CLOSED': return cause === 'ack' ? { in: 'ACK of FIN' } : reset(cause);
     default: return {};
   }
+}
+
+/** What the cause alone says, whatever the way. */
+function reset(cause) {
+  if (cause === 'reset' || cause === 'refused') return { in: 'RST' };
+  return cause === 'abort' ? { out: 'RST' } : {};
 }
 
 /** The states of one end, each with when and by whom it was seen; the first is where it began. */
@@ -29,7 +31,7 @@ export function states(life) {
   const first = { state: life.began, at: null, evidence: null, first: true };
   const steps = life.steps.map((step, i) => {
     const from = i ? life.steps[i - 1].to : life.began;
-    return { state: step.to, from, at: step.at, evidence: step.evidence, cause: step.cause, via: step.via, ...(step.via ? {} : { segments: passed(from, step.to, step.cause) }) };
+    return { state: step.to, from, at: step.at, evidence: step.evidence, cause: step.cause, via: step.via, segments: step.via ? reset(step.cause) : passed(from, step.to, step.cause) };
   });
   return [first, ...steps];
 }
