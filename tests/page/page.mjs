@@ -42,6 +42,8 @@ async function pictures(page) {
   const dir = process.env.PICTURES;
   mkdirSync(dir, { recursive: true });
   await page.click('.node[data-state=TIME_WAIT]');
+  // Nothing is pointed at: what was chosen is shown.
+  await page.mouse.move(2, 2);
   for (const colorScheme of ['light', 'dark']) {
     await page.emulateMedia({ colorScheme });
     await page.setViewportSize({ width: 1440, height: 900 });
