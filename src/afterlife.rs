@@ -1,4 +1,5 @@
-//! Follows connections after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, until the kernel has let go.
+//! Follows connections after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, until the kernel has let go. Where the kernel itself
+//! announces each change (eBPF), their whole lives are told from here.
 //!
 //! No descriptor is left to ask, so the kernel's socket table is: by cookie while few are due, by one filtered dump
 //! when many are. The kernel's destroy events say when an orphan moves on; they are listened to only while there are
@@ -7,8 +8,11 @@
 
 mod followed;
 mod follower;
+mod lives;
+mod meaning;
+mod tally;
+mod witness;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,11 +21,14 @@ use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
 use tokio::sync::{Notify, mpsc};
 
 use crate::journal::Journal;
-use crate::kernel::{Table, clock};
+use crate::kernel::{Table, Tracepoints, clock};
+use crate::ledger::Reason;
 use crate::log::OnceAMinute;
 use crate::scope::Scope;
 use crate::tcp::{Cause, Identity, Known, Lifecycle};
 use follower::Follower;
+pub use tally::{Sum, Tally};
+use witness::Witness;
 
 /// Closes that come within this time share a wake-up.
 const GATHER: Duration = Duration::from_millis(2);
@@ -42,6 +49,8 @@ pub struct Departed {
     pub all_acked: u64,
     /// What it means if the kernel has it no more.
     pub cause_if_gone: Option<Cause>,
+    /// Why the descriptor was closed.
+    pub reason: Option<Reason>,
 }
 
 /// A handle to the follower: cheap to clone, and as small as a pointer, for every connection has one.
@@ -51,6 +60,10 @@ pub struct Afterlife(Arc<Handle>);
 /// The follower ends when this does: it has only what is shared.
 struct Handle {
     shared: Arc<Shared>,
+    /// The kernel announces every change.
+    hears: bool,
+    /// And counts them all, those without a full socket too.
+    tally: Option<Arc<Tally>>,
     queue: mpsc::Sender<Departed>,
 }
 
@@ -67,11 +80,17 @@ struct Shared {
 }
 
 impl Afterlife {
-    /// Starts the follower's thread.
+    /// Starts the thread that follows, or with `tracepoints` the one that tells whole lives.
     ///
     /// # Errors
-    /// When the thread cannot be started, or its event loop cannot be made.
-    pub fn start(journal: Arc<Journal>, scope: &Scope, table: Table, limit: usize) -> io::Result<Afterlife> {
+    /// When the thread cannot be started, its event loop cannot be made, or the kernel refuses.
+    pub fn start(
+        journal: Arc<Journal>,
+        scope: &Arc<Scope>,
+        table: Table,
+        limit: usize,
+        tracepoints: Option<Tracepoints>,
+    ) -> anyhow::Result<Afterlife> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (queue, inbox) = mpsc::channel(limit.max(1));
         let shared = Arc::new(Shared {
@@ -83,18 +102,41 @@ impl Afterlife {
             none_left: Notify::new(),
             warned: OnceAMinute::default(),
         });
-        let follower = Follower::new(Arc::clone(&shared), scope, table);
+        let hears = tracepoints.is_some();
+        let (run, tally): (Box<dyn FnOnce() + Send>, _) = match tracepoints {
+            None => {
+                let follower = Follower::new(Arc::clone(&shared), scope, table);
+                (Box::new(move || runtime.block_on(follower.run(inbox))), None)
+            }
+            Some(tracepoints) => {
+                let counts_all = tracepoints.tells_of_timers();
+                let (witness, tally) = Witness::new(Arc::clone(&shared), scope, table, tracepoints)?;
+                (Box::new(move || runtime.block_on(witness.run(inbox))), counts_all.then_some(tally))
+            }
+        };
         let gone = Gone(Arc::clone(&shared));
         std::thread::Builder::new().name("afterlife".into()).spawn(move || {
             let _gone = gone;
-            runtime.block_on(follower.run(inbox));
+            run();
         })?;
-        Ok(Afterlife(Arc::new(Handle { shared, queue })))
+        Ok(Afterlife(Arc::new(Handle { shared, hears, tally, queue })))
+    }
+
+    /// Whether the kernel itself announces every change: then nobody else has to tell of any.
+    #[must_use]
+    pub fn hears_the_kernel(&self) -> bool {
+        self.0.hears
+    }
+
+    /// The kernel's own counts, where it announces every change.
+    #[must_use]
+    pub fn tally(&self) -> Option<&Arc<Tally>> {
+        self.0.tally.as_ref()
     }
 
     /// Follows a connection to its end; when too many are followed already it is given up and counted.
     pub fn follow(&self, departed: Departed) {
-        let Handle { shared, queue } = &*self.0;
+        let Handle { shared, queue, .. } = &*self.0;
         let before = shared.following.fetch_add(1, Ordering::AcqRel);
         shared.unseen.fetch_add(1, Ordering::AcqRel);
         shared.journal.metrics().following.inc();
@@ -103,7 +145,9 @@ impl Afterlife {
         shared.journal.metrics().following.dec();
         shared.unseen.fetch_sub(1, Ordering::AcqRel);
         shared.journal.metrics().follow_dropped.inc();
-        shared.journal.lose(&departed.id);
+        if !self.hears_the_kernel() {
+            shared.journal.lose(&departed.id);
+        }
         if let Some(times) = shared.warned.due(clock::monotonic()) {
             let limit = shared.limit;
             match refused {
@@ -163,6 +207,12 @@ impl Drop for Gone {
 }
 
 impl Shared {
+    /// The kernel has let go of one that was followed.
+    fn has_gone(&self) {
+        self.journal.metrics().following.dec();
+        self.one_less();
+    }
+
     fn one_less(&self) {
         if self.following.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.none_left.notify_waiters();

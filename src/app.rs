@@ -1,5 +1,6 @@
 //! The life of the process, as a table of contents: bind, observe, start the roles, wait, drain, stop.
 
+mod eyes;
 mod lab;
 mod watch;
 
@@ -11,13 +12,11 @@ use anyhow::Context;
 use prometheus::IntCounter;
 use tokio::task::JoinHandle;
 
-use crate::afterlife::Afterlife;
-use crate::census::Census;
 use crate::client::{self, Summary};
 use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, reachable};
 use crate::explain;
 use crate::journal::Journal;
-use crate::kernel::{Observer, Table, limits};
+use crate::kernel::limits;
 use crate::log::LogGuard;
 use crate::metrics::Metrics;
 use crate::progress::Progress;
@@ -26,17 +25,19 @@ use crate::server;
 use crate::shutdown::{DrainConfig, Stop, Verdict, on_signals};
 use crate::tcp::Role;
 use crate::web::{self, Readiness};
+use eyes::{Observers, observe};
 
-/// Descriptors that the echo service leaves to the rest of the process: the web side's connections, netlink, logs.
-const RESERVED: u64 = 96;
+/// Descriptors that the echo service leaves to the rest of the process: the web side's connections, netlink, what is attached
+/// to the kernel, logs.
+const RESERVED: u64 = 128;
 
 /// How long a drain that was cut short waits to be scraped.
 const LAST_SCRAPE: Duration = Duration::from_secs(15);
 
 /// What must be done before the process has a second thread.
-#[derive(Default)]
 pub struct Prepared {
     lab: Option<lab::Prepared>,
+    kernel: eyes::Announcements,
 }
 
 /// Prepares the process for what was asked for, while it has one thread only.
@@ -44,10 +45,17 @@ pub struct Prepared {
 /// # Errors
 /// A `clap::Error` for a mistake in what was typed; whatever else keeps it from starting.
 pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
-    Ok(match &config.mode {
-        Mode::Lab(lab) if !lab.scenarios.is_empty() => Prepared { lab: Some(lab::prepare(lab, config.common.web)?) },
-        _ => Prepared::default(),
-    })
+    let lab = match &config.mode {
+        Mode::Lab(lab) if !lab.scenarios.is_empty() => Some(lab::prepare(lab, config.common.web)?),
+        _ => None,
+    };
+    // After the lab has moved: the kernel announces what happens where we are.
+    let kernel = match &config.mode {
+        Mode::Run(_) => eyes::attach(config.common.observer)?,
+        Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer)?,
+        _ => eyes::Announcements::NotNeeded,
+    };
+    Ok(Prepared { lab, kernel })
 }
 
 /// Runs what was asked for on a runtime of its own; returns the exit code.
@@ -70,19 +78,25 @@ async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCo
     let well = match config.mode {
         Mode::Watch(config_of_watch) => return watch::run(config_of_watch, config.common, log_lost).await,
         Mode::Lab(config_of_lab) => match prepared.lab {
-            Some(prepared) => lab::run(&config_of_lab, prepared, config.common, log, log_lost).await,
+            Some(lab) => lab::run(&config_of_lab, lab, prepared.kernel, config.common, log, log_lost).await,
             None => lab::list().map(|()| true),
         },
         Mode::Explain { state, format, colour } => {
             explain::print(state, format, colour).context("print the explanation").map(|()| true)
         }
         Mode::Health { url } => web::probe::ready(&url).await.map(|()| true),
-        Mode::Run(roles) => run_roles(*roles, config.common, log, log_lost).await,
+        Mode::Run(roles) => run_roles(*roles, prepared.kernel, config.common, log, log_lost).await,
     };
     well.map(|well| u8::from(!well))
 }
 
-async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<bool> {
+async fn run_roles(
+    roles: Roles,
+    kernel: eyes::Announcements,
+    common: Common,
+    log: &LogGuard,
+    log_lost: IntCounter,
+) -> anyhow::Result<bool> {
     let Roles { server, client, drain } = roles;
     let descriptors = limits::raise_descriptor_limit();
     let stop = Stop::new();
@@ -96,8 +110,8 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
     // Observe.
     let server_ports: Vec<u16> = server.iter().map(|bound| bound.address().port()).collect();
     let targets = client.as_ref().map_or(Vec::new(), |(_, targets)| targets.clone());
-    let Observers { metrics, journal, afterlife, census, .. } =
-        observe(Scope::new(&server_ports, targets), common, &log_lost)?;
+    let Observers { metrics, journal, afterlife, census } =
+        observe(Scope::new(&server_ports, targets), kernel, common, &log_lost)?;
 
     // Start. The server is told to drain when the pair's client has ended, so that it sees its connections close.
     let readiness = Readiness::new(metrics.ready.clone());
@@ -190,40 +204,6 @@ async fn run_roles(roles: Roles, common: Common, log: &LogGuard, log_lost: IntCo
         web.await.context("web side").flatten()?;
     }
     Ok(well)
-}
-
-/// The eyes, whatever they look at.
-struct Observers {
-    observer: Observer,
-    metrics: Arc<Metrics>,
-    journal: Arc<Journal>,
-    afterlife: Afterlife,
-    census: Arc<Census>,
-}
-
-/// Opens the kernel's table and whatever keeps what is seen in it.
-fn observe(scope: Scope, common: Common, log_lost: &IntCounter) -> anyhow::Result<Observers> {
-    let scope = Arc::new(scope);
-    let table = open_table(common.observer)?;
-    let observer = table.observer();
-    let second = open_table(Some(observer))?;
-    let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
-    let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
-    let afterlife =
-        Afterlife::start(Arc::clone(&journal), &scope, second, common.follow_limit).context("start the follower")?;
-    let census = Arc::new(Census::new(scope, Arc::clone(&journal), table));
-    Ok(Observers { observer, metrics, journal, afterlife, census })
-}
-
-/// Opens the kernel's table in the way that is asked for, or in the best that is permitted.
-fn open_table(asked: Option<Observer>) -> anyhow::Result<Table> {
-    let (table, refused) = Table::open(asked).context("read the kernel's socket table")?;
-    if let Some(error) = refused {
-        let observer = table.observer();
-        tracing::warn!(%error, %observer, "netlink refused: sockets are read as text, and known by their \
-         addresses only");
-    }
-    Ok(table)
 }
 
 /// Ends everything when a part ends before it was told to: what is left of the process would look healthy and serve

@@ -8,8 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::afterlife::Tally;
 use crate::journal::Journal;
-use crate::kernel::{Observer, Row, TIME_WAIT, Table, TableError, Wanted, clock, ports};
+use crate::kernel::tracepoints::TraceError;
+use crate::kernel::{AcceptQueue, Observer, Row, TIME_WAIT, Table, TableError, Wanted, clock, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::{ObserverMetrics, TableGauges};
 use crate::scope::Scope;
@@ -18,15 +20,6 @@ use crate::tcp::{Flow, Role, State, StateSet, unscoped};
 /// How long a reading serves everyone who asks.
 pub const FRESH: Duration = Duration::from_millis(500);
 
-/// A listener's accept queue, over all its sockets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AcceptQueue {
-    /// Connections that wait for accept(2).
-    pub length: u32,
-    /// How many may; `None` when the observer cannot tell.
-    pub limit: Option<u32>,
-}
-
 /// One service's sockets.
 #[derive(Clone, Debug)]
 pub struct ServiceReading {
@@ -34,7 +27,7 @@ pub struct ServiceReading {
     pub role: Role,
     /// The service's port.
     pub port: u16,
-    /// Of its listeners, if it has any.
+    /// The fullest of its listeners, if it has any.
     pub accept_queue: Option<AcceptQueue>,
     counts: [u64; State::SLOTS],
     oldest: [Option<Duration>; State::SLOTS],
@@ -103,15 +96,21 @@ pub struct Census {
     left_by_peer: Wanted,
     /// The last reading, or that it failed, and when.
     cached: tokio::sync::Mutex<Option<(Instant, Option<Arc<Reading>>)>>,
+    /// The kernel's own counts, where it keeps them.
+    tally: Option<Arc<Tally>>,
+    listeners: Wanted,
     metrics: ObserverMetrics,
     warned: OnceAMinute,
 }
 
 impl Census {
-    /// A census of `scope` by `table`; ages come from the journal's ledger.
+    /// A census of `scope` by `table`, with ages from the journal's ledger; or by the kernel's own counts, if it keeps them,
+    /// and by the table for the rest.
     #[must_use]
-    pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table) -> Census {
-        let metrics = journal.metrics().observer(table.observer(), "census");
+    pub fn new(scope: Arc<Scope>, journal: Arc<Journal>, table: Table, tally: Option<Arc<Tally>>) -> Census {
+        let observer = if tally.is_some() { Observer::Ebpf } else { table.observer() };
+        let metrics = journal.metrics().observer(observer, "census");
+        let listeners = scope.wanted(StateSet::of(&[State::Listen]));
         let every = scope.wanted(StateSet::of(&State::ALL));
         let left_by_peer = scope.wanted(StateSet::of(&[State::CloseWait])).with_last_ack();
         Census {
@@ -121,6 +120,8 @@ impl Census {
             every,
             left_by_peer,
             cached: tokio::sync::Mutex::default(),
+            tally,
+            listeners,
             metrics,
             warned: OnceAMinute::default(),
         }
@@ -185,7 +186,38 @@ impl Census {
         Ok(found)
     }
 
-    fn read_now(&self) -> Result<Reading, TableError> {
+    fn read_now(&self) -> Result<Reading, CensusError> {
+        match &self.tally {
+            None => Ok(self.read_table()?),
+            Some(tally) => self.read_tally(tally),
+        }
+    }
+
+    /// What the kernel has counted; of its table, the listeners only, for their queues.
+    fn read_tally(&self, tally: &Tally) -> Result<Reading, CensusError> {
+        let began = Instant::now();
+        let mut count = Count::new(&self.scope);
+        {
+            let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            table.each(&self.listeners, |row| count.add(row))?;
+        }
+        let now = clock::monotonic();
+        for (service, sum) in count.services.iter_mut().zip(tally.sums(self.scope.services().len())?) {
+            service.counts = sum.counts;
+            service.oldest = sum.since.map(|since| since.map(|since| now.saturating_sub(since)));
+        }
+        let targets = &count.targets;
+        tally.each_pair(|local, peer, sockets| {
+            if targets.contains_key(&peer) {
+                count.pairs.insert((local, peer), sockets);
+            }
+        });
+        let took = began.elapsed();
+        self.metrics.duration.observe(took.as_secs_f64());
+        Ok(count.finish(&Ages::new(), Observer::Ebpf, took))
+    }
+
+    fn read_table(&self) -> Result<Reading, TableError> {
         let began = Instant::now();
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let mut count = Count::new(&self.scope);
@@ -207,6 +239,15 @@ impl Census {
         self.metrics.duration.observe(took.as_secs_f64());
         Ok(count.finish(&oldest, observer, took))
     }
+}
+
+/// Why there is no reading.
+#[derive(Debug, thiserror::Error)]
+enum CensusError {
+    #[error(transparent)]
+    Table(#[from] TableError),
+    #[error(transparent)]
+    Tally(#[from] TraceError),
 }
 
 /// What the ledger knows: the age of the oldest in each state, and how many it knows.
@@ -244,11 +285,8 @@ impl Count<'_> {
         service.counts[state] += 1;
         match row.state {
             State::Listen => {
-                let queue = service.accept_queue.get_or_insert_default();
-                queue.length += row.receive_queue;
-                if let Some(limit) = row.send_queue {
-                    *queue.limit.get_or_insert(0) += limit;
-                }
+                let queue = AcceptQueue::of(row);
+                service.accept_queue = Some(service.accept_queue.map_or(queue, |fullest| fullest.fuller(queue)));
             }
             State::TimeWait => {
                 let age = TIME_WAIT.saturating_sub(row.expires);
@@ -338,7 +376,8 @@ mod tests {
         let scope = Scope::new(&[7007], vec![target]);
         let rows = [
             row(State::Listen, "[::]:7007", "[::]:0"),
-            row(State::Listen, "127.0.0.1:7007", "0.0.0.0:0"),
+            Row { receive_queue: 129, ..row(State::Listen, "127.0.0.1:7007", "0.0.0.0:0") },
+            row(State::Listen, "127.0.0.2:7007", "0.0.0.0:0"),
             row(State::CloseWait, "[::ffff:127.0.0.1]:7007", "[::ffff:127.0.0.1]:40000"),
             row(State::FinWait2, "127.0.0.1:40000", "127.0.0.1:7007"),
             row(State::TimeWait, "127.0.0.1:40001", "127.0.0.1:7007"),
@@ -347,15 +386,16 @@ mod tests {
         ];
         let reading = reading(&scope, &rows);
         let [server, client] = &reading.services[..] else { panic!("two services") };
-        assert_eq!((server.count(State::Listen), server.count(State::CloseWait)), (2, 1));
+        assert_eq!((server.count(State::Listen), server.count(State::CloseWait)), (3, 1));
         assert_eq!((client.count(State::FinWait2), client.count(State::TimeWait)), (1, 2));
-        assert_eq!(server.accept_queue, Some(AcceptQueue { length: 6, limit: Some(256) }));
+        let full = AcceptQueue { length: 129, limit: Some(128), inode: 0 };
+        assert_eq!(server.accept_queue, Some(full), "the others do not hide that one is full");
         assert_eq!(server.oldest(State::CloseWait), Some(Duration::from_secs(5)), "from the ledger");
         assert_eq!(client.oldest(State::TimeWait), Some(Duration::from_secs(40)), "from the timer");
         assert_eq!(client.oldest(State::FinWait2), None, "somebody else's: nobody knows");
         assert_eq!(client.oldest(State::CloseWait), Some(Duration::ZERO), "there is none");
         assert_eq!(reading.targets[0].ports_used, 2, "the fullest pair of addresses");
         let total: u64 = reading.services.iter().flat_map(|s| State::ALL.map(|state| s.count(state))).sum();
-        assert_eq!(total, 6, "the stranger is not counted");
+        assert_eq!(total, 7, "the stranger is not counted");
     }
 }

@@ -335,6 +335,10 @@ fn watch(args: WatchArgs) -> Result<WatchConfig, clap::Error> {
     if warn > crit {
         return Err(mistake(&format!("'--warn {warn:?}' is longer than '--crit {crit:?}'")));
     }
+    if !args.ports.is_empty() && args.ports.iter().all(|port| args.ignore_ports.contains(port)) {
+        let port = args.ports[0];
+        return Err(mistake(&format!("'--port {port}' and '--ignore-port {port}' leave nothing to watch")));
+    }
     let mode = match (args.once, args.live) {
         (true, _) => WatchMode::Once,
         (_, true) => WatchMode::Live,

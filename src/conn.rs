@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 use crate::afterlife::Afterlife;
 use crate::kernel::{TcpInfo, clock, filter, sockopt};
 use crate::ledger::Reason;
-use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet};
+use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
 
 /// A TCP connection that narrates its own life.
 #[expect(clippy::struct_excessive_bools, reason = "seven independent facts, each of which can be true of any state")]
@@ -65,7 +65,9 @@ pub struct Conn {
 
 impl Conn {
     fn new(stream: TcpStream, id: Identity, life: Lifecycle, afterlife: Afterlife, at: Duration) -> Conn {
-        afterlife.journal().open(&id, life.state(), at);
+        if !afterlife.hears_the_kernel() {
+            afterlife.journal().open(&id, life.state(), at);
+        }
         Conn::bare(stream, id, life, afterlife)
     }
 
@@ -288,7 +290,14 @@ impl Conn {
         // One segment made a client ESTABLISHED: none that was counted can be waiting.
         self.segments_in = info.segments_in.filter(|n| *n == 1 && state == State::Established);
         self.note_path(info);
-        self.afterlife.journal().record(&self.id(), &transitions);
+        self.publish(&transitions);
+    }
+
+    /// Tells what was observed, unless the kernel announces it itself: then what is known here is for our own use.
+    fn publish(&self, transitions: &Transitions) {
+        if !self.afterlife.hears_the_kernel() {
+            self.afterlife.journal().record(&self.id(), transitions);
+        }
     }
 
     fn note_path(&mut self, info: &TcpInfo) {

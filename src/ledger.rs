@@ -245,18 +245,18 @@ impl Ledger {
         youngest.or_else(ended).is_some_and(|(_, did)| did)
     }
 
-    /// How many lives that are not over are in each state, listeners left out. States without any are left out too.
+    /// How many of the connections that this process has closed are still in each state. States without any are left out.
     #[must_use]
     pub fn states(&self) -> Vec<(State, u64)> {
         let mut counts = State::ALL.map(|state| (state, 0));
         for shard in &self.living {
-            for life in lock(shard).values() {
+            for life in lock(shard).values().filter(|life| life.reason.is_some()) {
                 if let Some((_, count)) = counts.iter_mut().find(|(state, _)| *state == life.state) {
                     *count += 1;
                 }
             }
         }
-        counts.into_iter().filter(|(state, count)| *count > 0 && *state != State::Listen).collect()
+        counts.into_iter().filter(|(_, count)| *count > 0).collect()
     }
 
     /// How many lives go on.

@@ -265,7 +265,12 @@ fn accepted(stream: TcpStream, peer: SocketAddr, shared: &Shared) -> Option<Conn
     if !shared.config.lifecycles {
         return Some(Conn::unwatched(stream, peer, port, shared.afterlife.clone()));
     }
-    let conn = Conn::accepted(stream, peer, local, port, shared.afterlife.clone());
+    let afterlife = shared.afterlife.clone();
+    let conn = if afterlife.hears_the_kernel() {
+        Conn::announced(stream, peer, port, afterlife)
+    } else {
+        Conn::accepted(stream, peer, local, port, afterlife)
+    };
     conn.inspect_err(|error| tracing::debug!(%error, %peer, "connection gone before it could be looked at")).ok()
 }
 

@@ -3,181 +3,44 @@
 //! One thread reads the table again and again and hears what the kernel frees in between; whoever asks gets the last
 //! reading, or a new one where that is old. Must not know: who asks, and in which form it is shown.
 
+mod reading;
 mod tracker;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use reading::{Listeners, Port, Reading, Selection, Service, Sight, Socket, Stay};
+
 use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, Wanted, clock, opens, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
-use crate::tcp::{Flow, Role, State, StateSet};
+use crate::tcp::{Flow, State, StateSet};
 use tracker::{LATE, Tracker};
 
 /// One reading serves everyone for so long.
 const FRESH: Duration = Duration::from_millis(500);
 
+/// After how many rows of a reading, a millisecond or less, what the kernel frees meanwhile is listened to: where
+/// net.core.rmem_max is what it mostly is, a few hundred words of it fit.
+const ROWS: u64 = 512;
+
 /// How many pairs of addresses are told of.
 const FULLEST: usize = 10;
-
-/// Which sockets are looked at.
-#[derive(Clone, Debug, Default)]
-pub struct Selection {
-    /// Only these listening ports; none: all.
-    pub only: Vec<u16>,
-    /// Not these.
-    pub ignore: Vec<u16>,
-    /// The remote ports that are told apart; all others are told together.
-    pub remote: Vec<u16>,
-    /// Where we ourselves are asked: neither that listener nor who asks it from this host is told of.
-    pub own: Option<u16>,
-}
-
-impl Selection {
-    /// Whether somebody on this host asks us: a healthcheck.
-    fn is_own(&self, flow: &Flow) -> bool {
-        let peer = flow.canonical().peer;
-        self.own == Some(peer.port()) && (peer.ip().is_loopback() || peer.ip() == flow.canonical().local.ip())
-    }
-
-    fn takes(&self, service: Service) -> bool {
-        match (service.role, service.port) {
-            (_, Port::Number(port)) if self.own == Some(port) && !self.remote.contains(&port) => false,
-            (Role::Server, Port::Number(port)) => {
-                (self.only.is_empty() || self.only.contains(&port)) && !self.ignore.contains(&port)
-            }
-            // Whoever names listeners only does not ask for what goes out.
-            (Role::Client, Port::Other) => self.only.is_empty() || !self.remote.is_empty(),
-            _ => true,
-        }
-    }
-}
-
-/// A port, or all that were not named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Port {
-    /// This one.
-    Number(u16),
-    /// Any other.
-    Other,
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Port::Number(port) => f.pad(itoa::Buffer::new().format(*port)),
-            Port::Other => f.pad("other"),
-        }
-    }
-}
-
-/// One end of somebody's connections: those that a listener accepted, or those that go out to a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Service {
-    /// Which end is here.
-    pub role: Role,
-    /// The listener's port, or the remote one.
-    pub port: Port,
-}
-
-/// An accept queue, over all listening sockets of a port.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Queue {
-    /// Connections that wait for accept(2).
-    pub length: u32,
-    /// How many may; `None` where that is not told.
-    pub limit: Option<u32>,
-    /// By which the process that listens can be found: of one of them, where several share the port.
-    pub inode: u32,
-}
-
-/// What a reading shows of one service.
-#[derive(Clone, Debug, Default)]
-pub struct Sight {
-    /// Of its listener; `None` when nobody listens any more.
-    pub queue: Option<Queue>,
-    /// Connections opened since the survey began, as far as they were seen.
-    pub opened: u64,
-    /// Connections closed since then.
-    pub closed: u64,
-    counts: [u64; State::SLOTS],
-    oldest: [(Duration, bool); State::SLOTS],
-}
-
-impl Sight {
-    pub(crate) fn add(&mut self, state: State, age: Duration, at_least: bool) {
-        self.counts[state as usize] += 1;
-        let oldest = &mut self.oldest[state as usize];
-        *oldest = (*oldest).max((age, at_least));
-    }
-
-    /// How many sockets are in `state`; for LISTEN, whether somebody listens.
-    #[must_use]
-    pub fn count(&self, state: State) -> u64 {
-        self.counts[state as usize]
-    }
-
-    /// The age of the oldest in `state`, and whether it may be older: it was there when the survey began.
-    #[must_use]
-    pub fn oldest(&self, state: State) -> (Duration, bool) {
-        self.oldest[state as usize]
-    }
-}
-
-/// One socket, named because it has been where it is for long.
-#[derive(Clone, Copy, Debug)]
-pub struct Socket {
-    /// Whose.
-    pub service: Service,
-    /// Its addresses.
-    pub flow: Flow,
-    /// By which its process can be found; 0: no process holds it.
-    pub inode: u32,
-    /// How long it has been in its state.
-    pub age: Duration,
-    /// Whether it may be older.
-    pub at_least: bool,
-}
-
-/// A stay in a state that has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stay {
-    /// Whose.
-    pub service: Service,
-    /// Where.
-    pub state: State,
-    /// How long.
-    pub time: Duration,
-}
-
-/// The table at one moment.
-#[derive(Clone, Debug)]
-pub struct Reading {
-    /// Every service, listeners without connections included.
-    pub services: BTreeMap<Service, Sight>,
-    /// The pairs of a local address and a destination that have taken the most local ports.
-    pub fullest: Vec<(IpAddr, SocketAddr, u32)>,
-    /// How many one pair can have; `None` where that cannot be read.
-    pub ports_limit: Option<u32>,
-    /// How the table was read.
-    pub observer: Observer,
-    /// How long that took.
-    pub took: Duration,
-}
 
 /// A handle to the survey.
 #[derive(Clone)]
 pub struct Survey(mpsc::Sender<Question>);
 
+/// A reading, or why there is none.
+type Answer = Result<Arc<Reading>, Arc<TableError>>;
+
 /// What is asked of the survey's thread.
 enum Question {
-    Reading(oneshot::Sender<Option<Arc<Reading>>>),
+    Reading(oneshot::Sender<Answer>),
     Oldest(State, usize, oneshot::Sender<Vec<Socket>>),
 }
 
@@ -199,7 +62,7 @@ impl Survey {
             table,
             metrics,
             interval,
-            events: None,
+            ears: None,
             last: None,
             opens_before: None,
             missing: None,
@@ -210,11 +73,15 @@ impl Survey {
         Ok(Survey(ask))
     }
 
-    /// The table as of at most half a second ago; `None` when it cannot be read, which is counted and logged.
-    pub async fn read(&self) -> Option<Arc<Reading>> {
+    /// The table as of at most half a second ago.
+    ///
+    /// # Errors
+    /// When it cannot be read, which is counted and logged.
+    pub async fn read(&self) -> Result<Arc<Reading>, Arc<TableError>> {
+        let ended = || Arc::new(TableError::Io { what: "ask the survey", source: io::ErrorKind::BrokenPipe.into() });
         let (answer, reading) = oneshot::channel();
-        self.0.send(Question::Reading(answer)).await.ok()?;
-        reading.await.ok().flatten()
+        self.0.send(Question::Reading(answer)).await.map_err(|_| ended())?;
+        reading.await.map_err(|_| ended())?
     }
 
     /// The sockets that have been in `state` for longest, as of the last reading.
@@ -227,13 +94,30 @@ impl Survey {
     }
 }
 
+/// The kernel's announcements. What comes while the table is read is kept until that is over: a row that was on its way
+/// to us before its socket was freed must not seem to be another one.
+struct Ears {
+    events: DestroyEvents,
+    heard: Vec<(u64, Flow)>,
+    /// Some did not fit.
+    lost: bool,
+}
+
+impl Ears {
+    fn listen(&mut self) -> Result<(), TableError> {
+        let heard = &mut self.heard;
+        self.lost |= self.events.drain(|Destroyed { cookie, flow, .. }| heard.push((cookie, flow)))?;
+        Ok(())
+    }
+}
+
 struct Surveyor {
     tracker: Tracker,
     table: Table,
     metrics: Arc<SurveyMetrics>,
     interval: Duration,
-    events: Option<DestroyEvents>,
-    last: Option<(Instant, Option<Arc<Reading>>)>,
+    ears: Option<Ears>,
+    last: Option<(Instant, Answer)>,
     /// The kernel's count of opens after the first reading.
     opens_before: Option<u64>,
     /// How many were missing at least since then.
@@ -248,7 +132,7 @@ impl Surveyor {
         if self.table.observer() == Observer::SockDiag {
             let listening = DestroyEvents::open().and_then(|mut events| events.join().map(|()| events));
             match listening {
-                Ok(events) => self.events = Some(events),
+                Ok(events) => self.ears = Some(Ears { events, heard: Vec::new(), lost: false }),
                 Err(error) => {
                     tracing::warn!(%error, "no destroy events: short connections between readings are missed");
                 }
@@ -258,8 +142,8 @@ impl Surveyor {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             let heard = async {
-                match &self.events {
-                    Some(events) => drop(events.readable().await),
+                match &self.ears {
+                    Some(ears) => drop(ears.events.readable().await),
                     None => std::future::pending().await,
                 }
             };
@@ -269,74 +153,80 @@ impl Surveyor {
                 asks = asked.recv() => match asks {
                     Some(Question::Oldest(state, most, answer)) => drop(answer.send(self.tracker.oldest(state, most))),
                     Some(Question::Reading(answer)) => {
-                        let old = self.last.as_ref().is_none_or(|(at, _)| at.elapsed() >= FRESH);
-                        if old {
-                            self.read();
-                        }
-                        let _ = answer.send(self.last.as_ref().and_then(|(_, reading)| reading.clone()));
+                        let last = self.last.take().filter(|(at, _)| at.elapsed() < FRESH);
+                        let (at, reading) = last.unwrap_or_else(|| self.read());
+                        let _ = answer.send(reading.clone());
+                        self.last = Some((at, reading));
                     }
                     None => return,
                 },
-                _ = ticks.tick() => self.read(),
+                _ = ticks.tick() => self.last = Some(self.read()),
             }
         }
     }
 
     /// Takes in what the kernel freed.
     fn hear(&mut self) {
-        let Some(events) = &mut self.events else { return };
-        let tracker = &mut self.tracker;
-        match events.drain(|Destroyed { cookie, flow, .. }| tracker.freed(cookie, &flow)) {
-            Ok(false) => {}
-            Ok(true) => {
-                self.lost = true;
-                self.metrics.observer().lost_events.inc();
-                if let Some(times) = self.warned.due(clock::monotonic()) {
-                    tracing::warn!(times, "the kernel lost destroy events for us: short connections are missing");
-                }
+        let Some(ears) = &mut self.ears else { return };
+        let listened = ears.listen();
+        for (cookie, flow) in ears.heard.drain(..) {
+            self.tracker.freed(cookie, &flow);
+        }
+        if std::mem::take(&mut ears.lost) {
+            self.lost = true;
+            self.metrics.observer().lost_events.inc();
+            if let Some(times) = self.warned.due(clock::monotonic()) {
+                tracing::warn!(times, "the kernel lost destroy events for us: short connections are missing");
             }
-            Err(error) => self.failed(&error),
+        }
+        if let Err(error) = listened {
+            self.failed(&error);
         }
     }
 
-    fn read(&mut self) {
+    fn read(&mut self) -> (Instant, Answer) {
         let opened = opens().ok();
         // What was freed before the table is read is not in it.
         self.hear();
-        let reading = match self.read_now(opened) {
-            Ok(reading) => Some(Arc::new(reading)),
-            Err(error) => {
-                self.failed(&error);
-                None
-            }
-        };
-        self.last = Some((Instant::now(), reading));
+        let reading = self.read_now(opened).map(Arc::new).map_err(|error| {
+            self.failed(&error);
+            Arc::new(error)
+        });
+        (Instant::now(), reading)
     }
 
     fn read_now(&mut self, opened: Option<u64>) -> Result<Reading, TableError> {
         let began = Instant::now();
-        let mut listening: BTreeMap<u16, Queue> = BTreeMap::new();
-        self.table.each(&Wanted::new(StateSet::of(&[State::Listen]), &[], &[]), |row| {
-            let queue = listening.entry(row.flow.local.port()).or_default();
-            queue.inode = row.inode;
-            queue.length += row.receive_queue;
-            if let Some(limit) = row.send_queue {
-                *queue.limit.get_or_insert(0) += limit;
-            }
-        })?;
+        let mut listening = BTreeMap::new();
+        let wanted = Wanted::new(StateSet::of(&[State::Listen]), &[], &[]);
+        self.table.each(&wanted, |row| Listeners::add(&mut listening, row))?;
         let now = clock::monotonic();
         let tracker = &mut self.tracker;
         tracker.begin(now, listening);
         let everything = Wanted::new(StateSet::of(&State::ALL), &[], &[]);
-        let interrupted = self.table.each(&everything, |row: &Row| tracker.row(row, clock::monotonic()))?;
-        if interrupted {
+        let (ears, mut rows) = (&mut self.ears, 0);
+        let mut row = |row: &Row| {
+            tracker.row(row, clock::monotonic());
+            rows += 1;
+            if rows % ROWS == 0
+                && let Some(ears) = ears
+            {
+                // If it fails, it fails again when the reading is over.
+                let _ = ears.listen();
+            }
+        };
+        if self.table.each(&everything, &mut row)? {
             // Rows may be missing: nobody is gone for that, so they are looked for once more.
             self.metrics.observer().interrupted.inc();
-            self.table.each(&everything, |row| tracker.row(row, clock::monotonic()))?;
+            self.table.each(&everything, &mut row)?;
         }
         if tracker.wants_ages() {
             let left_by_peer = Wanted::new(StateSet::of(&[State::CloseWait]), &[], &[]).with_last_ack();
             self.table.each(&left_by_peer, |row| tracker.age(row, clock::monotonic()))?;
+        }
+        // Before another while in which nobody listens.
+        if let Some(ears) = &mut self.ears {
+            let _ = ears.listen();
         }
         let (services, stays) = tracker.finish();
         self.hear();
@@ -350,6 +240,7 @@ impl Surveyor {
             services,
             fullest: self.tracker.fullest(FULLEST),
             ports_limit: ports::local_port_limit().ok(),
+            named: self.tracker.named().to_vec(),
             observer: self.table.observer(),
             took,
         })
@@ -360,7 +251,7 @@ impl Surveyor {
     fn count_missed(&mut self, opened: Option<u64>) {
         let Some(first) = self.opens_before.or_else(|| opens().ok()) else { return };
         self.opens_before = Some(first);
-        if let (Some(opened), true) = (opened, self.lost || self.events.is_none()) {
+        if let (Some(opened), true) = (opened, self.lost || self.ears.is_none()) {
             // The kernel's word of an end may still be on its way, late where it has much to say: only those are that were
             // missing all the time. A counter takes nothing back.
             let now = Instant::now();

@@ -137,6 +137,7 @@ mod tests {
             known: Known::default(),
             all_acked: 0,
             cause_if_gone: None,
+            reason: None,
         };
         Followed::new(departed, evidence)
     }

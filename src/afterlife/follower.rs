@@ -242,8 +242,7 @@ impl Follower {
         }
         if over {
             self.followed.remove(&cookie);
-            self.shared.journal.metrics().following.dec();
-            self.shared.one_less();
+            self.shared.has_gone();
         }
     }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::Context;
 use prometheus::IntCounter;
 
-use super::{EndAll, Observers, observe, open_table};
+use super::EndAll;
+use super::eyes::{Announcements, Observers, observe, open_table};
 use crate::config::{Common, LabConfig, Output, mistake};
 use crate::lab::{self, Ground, Plan, Verdict};
 use crate::log::{LogGuard, STEPS};
@@ -44,6 +45,7 @@ pub(super) fn list() -> anyhow::Result<()> {
 pub(super) async fn run(
     config: &LabConfig,
     prepared: Prepared,
+    kernel: Announcements,
     common: Common,
     log: &LogGuard,
     log_lost: IntCounter,
@@ -53,9 +55,9 @@ pub(super) async fn run(
     let stop = Stop::new();
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
     let (ports, targets) = plan.services();
-    let Observers { observer, metrics, journal, afterlife, census } =
-        observe(Scope::new(&ports, targets), common, &log_lost)?;
-    let table = open_table(Some(observer))?;
+    let Observers { metrics, journal, afterlife, census } =
+        observe(Scope::new(&ports, targets), kernel, common, &log_lost)?;
+    let table = open_table(common.observer)?;
     let readiness = Readiness::new(metrics.ready.clone());
     let web_stop = Stop::new();
     let web = web.map(|bound| {

@@ -4,19 +4,38 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use prometheus::IntCounter;
 
-use super::{EndAll, open_table};
+use super::EndAll;
+use super::eyes::open_table;
 use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
-use crate::watch::{Severity, Thresholds, Watch};
+use crate::watch::{Look, Thresholds, Watch};
 use crate::web::{self, Readiness};
+
+/// What a check exits with that could not look: neither well nor wrong (Nagios: UNKNOWN).
+const UNKNOWN: u8 = 3;
 
 /// Watches as it was told to; returns the exit code.
 pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
+    let (mode, output) = (config.mode, config.output);
+    match watch(config, common, log_lost).await {
+        Err(error) if mode == WatchMode::Once => {
+            // Where a monitor looks for the answer; a script that wants JSON gets none.
+            match output {
+                Output::Text => writeln!(std::io::stdout(), "UNKNOWN {error:#}").context("print")?,
+                Output::Json => tracing::error!(error = format!("{error:#}"), "nothing is known"),
+            }
+            Ok(UNKNOWN)
+        }
+        ended => ended,
+    }
+}
+
+async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
     let drain = DrainConfig { delay: Duration::ZERO, timeout: Duration::from_secs(5) };
     let stop = Stop::new();
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
@@ -30,16 +49,20 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
         .context("start the survey")?;
     // Whatever comes after this is new: so nobody is told that it watches before.
-    survey.read().await;
+    // Whether it can be read is told by whoever asks.
+    let _ = survey.read().await;
     let readiness = Readiness::new(metrics.ready.clone());
     let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
     match config.mode {
-        WatchMode::Once => print(&watch, config.output, "").await,
+        WatchMode::Once => match config.output {
+            Output::Text => print(&watch, |look| Ok(look.text())).await,
+            Output::Json => print(&watch, json).await,
+        },
         WatchMode::Live => {
             // Home, and what is below is cleared: the table stays where it is.
             const AGAIN: &str = "\x1b[H\x1b[J";
             loop {
-                let code = print(&watch, Output::Text, AGAIN).await?;
+                let code = print(&watch, |look| Ok(AGAIN.to_owned() + &look.screen())).await?;
                 tokio::select! {
                     () = tokio::time::sleep(interval) => {}
                     () = stop.begun() => return Ok(code),
@@ -64,17 +87,16 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     }
 }
 
-/// Prints one reading; returns how bad it is.
-async fn print(watch: &Watch, output: Output, before: &str) -> anyhow::Result<u8> {
-    let told = match output {
-        Output::Text => watch.table().await.map(|(text, severity)| (text.into_bytes(), severity)),
-        Output::Json => watch.json().await.map(|(mut json, severity)| {
-            json.push(b'\n');
-            (json, severity)
-        }),
-    };
-    let (text, severity): (Vec<u8>, Severity) = told.context("read the kernel's socket table")?;
+/// Prints one reading, as `show` puts it; returns how bad it is.
+async fn print(watch: &Watch, show: impl Fn(&Look) -> anyhow::Result<String>) -> anyhow::Result<u8> {
+    let look = watch.look_closely().await.context("read the kernel's socket table")?;
+    let text = show(&look)?;
     let mut out = std::io::stdout().lock();
-    out.write_all(before.as_bytes()).and_then(|()| out.write_all(&text)).and_then(|()| out.flush()).context("print")?;
-    Ok(severity as u8)
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("print")?;
+    Ok(look.severity() as u8)
+}
+
+fn json(look: &Look) -> anyhow::Result<String> {
+    let json = look.json().map_err(|_| anyhow!("encode the reading"))?;
+    String::from_utf8(json).map(|json| json + "\n").context("encode the reading")
 }

@@ -52,7 +52,8 @@ pub(super) struct GlobalArgs {
         global = true
     )]
     pub(super) log_format: LogFormat,
-    /// How to read the kernel's socket table; auto: the best permitted.
+    /// Who sees what the sockets do: the kernel's own announcements (ebpf: CAP_BPF and CAP_PERFMON), its socket table by
+    /// netlink (sock_diag) or as text (procfs); auto: the best permitted.
     #[arg(long, env = "ECHOSCOPE_OBSERVER", default_value = "auto", global = true)]
     pub(super) observer: ObserverArg,
     /// How many closed connections to follow to their end at once (about 700 bytes each); 0: none.
@@ -89,7 +90,7 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct WatchArgs {
-    /// Only these listening ports [default: every one]; the web side's own is left out.
+    /// Only these listening ports [default: every one], told of though nobody listens; the web side's own is left out.
     #[arg(long = "port", env = "ECHOSCOPE_WATCH_PORTS", value_name = "PORT", value_delimiter = ',')]
     pub(super) ports: Vec<u16>,
     /// Not these listening ports.
@@ -101,7 +102,7 @@ pub(super) struct WatchArgs {
     /// How often the table is read.
     #[arg(long, env = "ECHOSCOPE_INTERVAL", default_value = "1s", value_name = "DURATION")]
     pub(super) interval: Span,
-    /// Print one reading and what looks wrong in it, and exit: 0 nothing, 1 something, 2 something bad.
+    /// Print one reading and what looks wrong in it, and exit: 0 nothing, 1 something, 2 something bad, 3 it could not look.
     #[arg(long, env = "ECHOSCOPE_ONCE", value_parser = BoolishValueParser::new(), conflicts_with = "live")]
     pub(super) once: bool,
     /// Print readings again and again on a terminal.
@@ -299,6 +300,7 @@ pub(super) enum LogFormat {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum ObserverArg {
     Auto,
+    Ebpf,
     #[value(name = "sock_diag")]
     SockDiag,
     Procfs,
@@ -308,6 +310,7 @@ impl From<ObserverArg> for Option<Observer> {
     fn from(arg: ObserverArg) -> Option<Observer> {
         match arg {
             ObserverArg::Auto => None,
+            ObserverArg::Ebpf => Some(Observer::Ebpf),
             ObserverArg::SockDiag => Some(Observer::SockDiag),
             ObserverArg::Procfs => Some(Observer::Procfs),
         }

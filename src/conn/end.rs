@@ -52,7 +52,13 @@ impl Conn {
 
 impl Drop for Conn {
     fn drop(&mut self) {
-        if !self.aborted {
+        let announced = self.afterlife.hears_the_kernel() && self.cookie != 0;
+        if announced {
+            // The kernel announces states; of the way it only tells who asks.
+            if let Ok(info) = TcpInfo::of(self.stream().as_fd()) {
+                self.note_path(&info);
+            }
+        } else if !self.aborted {
             // The follower begins where the descriptor ends.
             self.look(Known::default());
         }
@@ -63,13 +69,14 @@ impl Drop for Conn {
         }
         metrics.retransmits.inc_by(self.retransmits.into());
         let reason = self.reason.unwrap_or(Reason::Cancelled);
-        if !self.watched {
-            return journal.count_close(id.role, reason);
+        if announced || !self.watched {
+            journal.count_close(id.role, reason);
+        } else {
+            journal.close(&id, reason);
         }
-        journal.close(&id, reason);
         let closed = clock::monotonic();
         drop(self.stream.take());
-        if self.life.is_over() {
+        if !announced && (!self.watched || self.life.is_over()) {
             return;
         }
         let call = (!self.fin_sent && !self.aborted).then_some((Cause::Close, closed));
@@ -80,6 +87,7 @@ impl Drop for Conn {
             known: Known { call, ..Known::default() },
             all_acked: self.all_acked(),
             cause_if_gone: self.aborted.then_some(Cause::Abort),
+            reason: Some(reason),
         });
     }
 }

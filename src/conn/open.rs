@@ -50,6 +50,18 @@ impl Conn {
         conn
     }
 
+    /// A connection that accept(2) returned and whose life the kernel announces: it is served, counted and named, and its
+    /// states are looked at by nobody here.
+    ///
+    /// # Errors
+    /// When the kernel refuses to say anything about the socket.
+    pub fn announced(stream: TcpStream, peer: SocketAddr, port: u16, afterlife: Afterlife) -> Result<Conn> {
+        let cookie = sockopt::cookie(stream.as_fd())?;
+        let mut conn = Conn::unwatched(stream, peer, port, afterlife);
+        conn.cookie = cookie;
+        Ok(conn)
+    }
+
     /// Opens a connection.
     ///
     /// # Errors
@@ -92,9 +104,13 @@ impl Conn {
             Err(e) if !answers_a_syn(&e) => {
                 let journal = afterlife.journal();
                 journal.count_open(id.role);
-                journal.open(&id, State::Close, began);
-                journal.close(&id, Reason::of(&e));
-                journal.lose(&id);
+                if afterlife.hears_the_kernel() {
+                    journal.count_close(id.role, Reason::of(&e));
+                } else {
+                    journal.open(&id, State::Close, began);
+                    journal.close(&id, Reason::of(&e));
+                    journal.lose(&id);
+                }
                 return Err(e);
             }
             done => done.err(),
@@ -127,7 +143,7 @@ impl Conn {
                 // accept(2) returns connections that were established, whatever has become of them.
                 let at = clock::monotonic();
                 let transitions = self.life.observe_knowing(at, State::Established, Evidence::Inferred, &known);
-                self.afterlife.journal().record(&self.id(), &transitions);
+                self.publish(&transitions);
                 self.see(&info, Known::default());
             }
             Err(error) => tracing::debug!(%error, "TCP_INFO after accept"),
@@ -140,7 +156,7 @@ impl Conn {
         if info.state == State::Close {
             // Refused within the call: the SYN was sent, or the call had failed otherwise.
             let transitions = self.life.observe_knowing(called, State::SynSent, Evidence::Inferred, &known);
-            self.afterlife.journal().record(&self.id(), &transitions);
+            self.publish(&transitions);
         }
         self.see(&info, known);
     }

@@ -59,6 +59,22 @@ pub fn choose_local_ports(socket: BorrowedFd<'_>, first: u16, last: u16) -> io::
     set(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, range.cast_signed())
 }
 
+/// SO_NETNS_COOKIE: the kernel's own name for the network namespace that the socket is in (Linux 5.14).
+///
+/// # Errors
+/// What getsockopt(2) says: ENOPROTOOPT from older kernels.
+#[expect(unsafe_code, reason = "an option that neither socket2 nor rustix knows")]
+pub fn namespace(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut size = size_of::<u64>() as libc::socklen_t;
+    let (fd, value) = (socket.as_raw_fd(), (&raw mut cookie).cast());
+    // SAFETY: the kernel writes at most `size` bytes at `value`; both live as long as the call.
+    match unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, value, &raw mut size) } {
+        0 => Ok(cookie),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 #[expect(unsafe_code, reason = "options that socket2 does not know")]
 fn set(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let size = size_of::<libc::c_int>() as libc::socklen_t;

@@ -11,6 +11,8 @@ use crate::tcp::{Evidence, Flow, State, StateSet};
 /// A way of reading the socket table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Observer {
+    /// The kernel's own announcements of each change (eBPF), and netlink beside them.
+    Ebpf,
     /// Netlink: exact, filtered in the kernel, sockets named by cookie.
     SockDiag,
     /// Text: where netlink is refused.
@@ -22,15 +24,17 @@ impl Observer {
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
+            Observer::Ebpf => "ebpf",
             Observer::SockDiag => "sock_diag",
             Observer::Procfs => "procfs",
         }
     }
 
-    /// The evidence that its readings are.
+    /// The evidence that its readings, or its events, are.
     #[must_use]
     pub const fn evidence(self) -> Evidence {
         match self {
+            Observer::Ebpf => Evidence::Tracepoint,
             Observer::SockDiag => Evidence::SockDiag,
             Observer::Procfs => Evidence::Procfs,
         }
@@ -52,8 +56,8 @@ enum Way {
 }
 
 impl Table {
-    /// Opens the best way that is permitted, or the one that is asked for. The second value says why netlink was
-    /// refused, when it was.
+    /// Opens the best way that is permitted, or the one that is asked for; the kernel's announcements take netlink beside
+    /// them. The second value says why netlink was refused, when it was.
     ///
     /// # Errors
     /// When the way asked for, or every way, is refused.

@@ -240,6 +240,9 @@ impl Stage {
 
     /// Follows a server's socket that has no descriptor yet: its life is told by what the table shows of it.
     pub(super) fn follow(&self, row: &Row) -> anyhow::Result<()> {
+        if self.afterlife.hears_the_kernel() {
+            return Ok(());
+        }
         let cookie = row.cookie.context("the table names no sockets here (procfs)")?;
         let now = clock::monotonic();
         let id = Identity { cookie, role: Role::Server, port: self.address.port(), flow: row.flow };
@@ -248,8 +251,15 @@ impl Stage {
         journal.open(&id, life.state(), now);
         let evidence = lock(&self.table).observer().evidence();
         journal.record(&id, &life.observe(now, row.state.shown(), evidence));
-        let departed =
-            Departed { id, life, left: None, known: Known::default(), all_acked: u64::MAX, cause_if_gone: None };
+        let departed = Departed {
+            id,
+            life,
+            left: None,
+            known: Known::default(),
+            all_acked: u64::MAX,
+            cause_if_gone: None,
+            reason: None,
+        };
         self.afterlife.follow(departed);
         Ok(())
     }

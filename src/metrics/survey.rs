@@ -44,8 +44,8 @@ pub struct ServiceRow {
     pub port: String,
     /// Opened and closed since the start.
     pub totals: (u64, u64),
-    /// The process that listens, where that is known.
-    pub process: Option<String>,
+    /// The processes that listen, each name once, where they are known.
+    pub processes: Vec<String>,
 }
 
 impl SurveyMetrics {
@@ -146,7 +146,7 @@ impl SurveyMetrics {
                     let _ = self.stay.remove_label_values(&[role, port.as_str(), state.label()]);
                 }
             }
-            for ServiceRow { role, port, totals, process } in services {
+            for ServiceRow { role, port, totals, processes } in services {
                 for (counter, total) in [(&self.opened, totals.0), (&self.closed, totals.1)] {
                     let counter = counter.with_label_values(&[*role, port.as_str()]);
                     counter.inc_by(total.saturating_sub(counter.get()));
@@ -155,7 +155,7 @@ impl SurveyMetrics {
                 for state in TOLD {
                     let _ = self.stay.with_label_values(&[*role, port.as_str(), state.label()]);
                 }
-                if let Some(process) = process {
+                for process in processes {
                     self.listener.with_label_values(&[port.as_str(), process.as_str()]).set(1);
                 }
             }

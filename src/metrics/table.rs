@@ -42,7 +42,7 @@ impl TableGauges {
             ),
             queue_length: make.gauges(
                 "accept_queue_length",
-                "Connections that wait for accept(2) (Recv-Q of the listener in ss).",
+                "Connections that wait for accept(2) (Recv-Q of the listener in ss); of several on one port, at the fullest.",
                 &["port"],
             ),
             queue_limit: make.gauges(
@@ -146,10 +146,11 @@ impl ObserverFamilies {
     /// Those of one use of the table: `census`, `follow` or `survey`.
     pub(super) fn of(&self, observer: Observer, what: &str) -> ObserverMetrics {
         let labels = &[observer.label(), what];
+        let events = if observer == Observer::Ebpf { "tracepoint" } else { "destroy" };
         ObserverMetrics {
             duration: self.duration.with_label_values(labels),
             errors: self.errors.with_label_values(labels),
-            lost_events: self.lost_events.with_label_values(&[observer.label(), "destroy"]),
+            lost_events: self.lost_events.with_label_values(&[observer.label(), events]),
             interrupted: self.lost_events.with_label_values(&[observer.label(), "dump"]),
         }
     }

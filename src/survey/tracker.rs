@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use super::{Port, Queue, Selection, Service, Sight, Socket, Stay};
+use super::{Listeners, Port, Selection, Service, Sight, Socket, Stay};
 use crate::kernel::{Row, TIME_WAIT};
 use crate::metrics::TOLD;
 use crate::tcp::{Flow, Role, State};
@@ -52,7 +52,7 @@ impl Seen {
 /// Keeps what is known from one reading to the next.
 pub(super) struct Tracker {
     selection: Selection,
-    listening: BTreeMap<u16, Queue>,
+    listening: BTreeMap<u16, Listeners>,
     /// Ports that somebody listens on, or listened on and that have sockets left; and in which round that was seen first.
     served: BTreeMap<u16, u32>,
     seen: HashMap<u64, Seen>,
@@ -66,8 +66,9 @@ pub(super) struct Tracker {
     /// Rows in CLOSE of this round. A descriptor that is still open shows as CLOSE beside its own TIME_WAIT, and before it:
     /// these rows are looked at last.
     closed: Vec<Row>,
-    /// What was freed since the last reading and was of no listener then.
-    undecided: Vec<Flow>,
+    /// How many were freed since the last reading and were of no listener then: by their local port, on which somebody may
+    /// have begun to listen, and by whose they are otherwise. There are no more of these than there are ports.
+    undecided: HashMap<(u16, Service), u64>,
     round: u32,
     /// The round in which the table was read to its end for the first time: what is new since then was opened since then.
     first: u32,
@@ -89,7 +90,7 @@ impl Tracker {
             stays: Vec::new(),
             gone: HashMap::new(),
             closed: Vec::new(),
-            undecided: Vec::new(),
+            undecided: HashMap::new(),
             round: 0,
             first: u32::MAX,
             now: Duration::ZERO,
@@ -98,7 +99,7 @@ impl Tracker {
     }
 
     /// A reading begins, of a table in which these ports are listened on.
-    pub(super) fn begin(&mut self, now: Duration, listening: BTreeMap<u16, Queue>) {
+    pub(super) fn begin(&mut self, now: Duration, listening: BTreeMap<u16, Listeners>) {
         self.now = now;
         self.round += 1;
         self.unaged = 0;
@@ -108,13 +109,13 @@ impl Tracker {
             self.served.entry(*port).or_insert(self.round);
         }
         self.listening = listening;
-        for flow in std::mem::take(&mut self.undecided) {
-            if let Some(service) = self.service_of(&flow) {
-                self.passed(service);
-            }
+        for ((port, client), number) in std::mem::take(&mut self.undecided) {
+            let server = Service { role: Role::Server, port: Port::Number(port) };
+            self.passed(if self.served.contains_key(&port) { server } else { client }, number);
         }
         // Present at zero: whoever listens, and whoever was asked for.
-        let servers = self.served.keys().map(|port| Service { role: Role::Server, port: Port::Number(*port) });
+        let served = self.served.keys().chain(&self.selection.only);
+        let servers = served.map(|port| Service { role: Role::Server, port: Port::Number(*port) });
         let named = self.selection.remote.iter().map(|port| Port::Number(*port)).chain([Port::Other]);
         let clients = named.map(|port| Service { role: Role::Client, port });
         for service in servers.chain(clients).filter(|service| self.selection.takes(*service)) {
@@ -236,18 +237,20 @@ impl Tracker {
             Some(seen) => seen.free(&mut self.totals),
             None if self.gone.remove(&cookie).is_some() => {}
             // It lived between two readings. A minisocket that goes on under its cookie is not counted again.
-            None if self.first != u32::MAX && service.role == Role::Server => self.passed(service),
+            None if self.first != u32::MAX && service.role == Role::Server => self.passed(service, 1),
             // Perhaps of a listener that is newer than the last reading: the next one tells.
-            None if self.first != u32::MAX => self.undecided.push(*flow),
+            None if self.first != u32::MAX => {
+                *self.undecided.entry((flow.local.port(), service)).or_default() += 1;
+            }
             // It may have been there before us.
             None => {}
         }
     }
 
-    /// A connection lived between two readings.
-    fn passed(&mut self, service: Service) {
+    /// So many connections lived between two readings.
+    fn passed(&mut self, service: Service, number: u64) {
         let (opened, closed) = self.totals.entry(service).or_default();
-        (*opened, *closed) = (*opened + 1, *closed + 1);
+        (*opened, *closed) = (*opened + number, *closed + number);
     }
 
     /// The reading is complete: whoever it has not shown is gone.
@@ -283,10 +286,10 @@ impl Tracker {
             }
             true
         });
-        for (port, queue) in &self.listening {
+        for (port, listeners) in &self.listening {
             let service = Service { role: Role::Server, port: Port::Number(*port) };
             if let Some(sight) = self.sights.get_mut(&service) {
-                sight.queue = Some(*queue);
+                sight.listeners = Some(listeners.clone());
             }
         }
         for (service, sight) in &mut self.sights {
@@ -297,9 +300,14 @@ impl Tracker {
         (std::mem::take(&mut self.sights), std::mem::take(&mut self.stays))
     }
 
+    /// The listening ports that were asked for by number.
+    pub(super) fn named(&self) -> &[u16] {
+        &self.selection.only
+    }
+
     /// How many connections were opened since the survey began, as far as they were seen.
     pub(super) fn opened(&self) -> u64 {
-        self.totals.values().map(|(opened, _)| opened).sum::<u64>() + self.undecided.len() as u64
+        self.totals.values().map(|(opened, _)| opened).sum::<u64>() + self.undecided.values().sum::<u64>()
     }
 
     /// The fullest pairs of a local address and a destination, and how many local ports each has taken.
@@ -361,7 +369,7 @@ fn key(row: &Row) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::timer;
+    use crate::kernel::{AcceptQueue, timer};
     use State::{
         Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait,
     };
@@ -429,6 +437,10 @@ mod tests {
         Row { cookie: None, ..row }
     }
 
+    fn nobody_waits() -> Listeners {
+        Listeners { queue: AcceptQueue::default(), inodes: vec![0] }
+    }
+
     /// A tracker, and the time of its next reading.
     struct Readings(Tracker, Duration);
 
@@ -444,7 +456,7 @@ mod tests {
         /// A second later these are listened on, and these rows are there.
         fn see(&mut self, ports: &[u16], rows: &[Row]) -> (BTreeMap<Service, Sight>, Vec<Stay>) {
             self.1 += SECOND;
-            self.0.begin(self.1, ports.iter().map(|port| (*port, Queue::default())).collect());
+            self.0.begin(self.1, ports.iter().map(|port| (*port, nobody_waits())).collect());
             for row in rows {
                 self.0.row(row, self.1);
             }
@@ -510,7 +522,7 @@ mod tests {
         assert_eq!(counts(&sights[&OTHER]), [(Established, 2)]);
         assert_eq!(counts(&sights[&server(81)]), [(Established, 1), (Listen, 1)]);
         assert!(counts(&sights[&server(8080)]).is_empty() && counts(&sights[&client(5432)]).is_empty());
-        assert!(sights[&server(80)].queue.is_some() && sights[&client(443)].queue.is_none());
+        assert!(sights[&server(80)].listeners.is_some() && sights[&client(443)].listeners.is_none());
         for sight in sights.values() {
             assert_eq!((sight.opened, sight.closed), (0, 0), "the first reading counts nothing as opened");
         }
@@ -549,7 +561,7 @@ mod tests {
                 assert_eq!(sights.contains_key(&server(80)), shown);
                 if let Some(sight) = sights.get(&server(80)) {
                     assert_eq!(counts(sight), [(TimeWait, 1), (CloseWait, 1)]);
-                    assert_eq!(sight.queue, None);
+                    assert_eq!(sight.listeners, None);
                 }
             }
             readings.freed(&leak);
@@ -743,7 +755,7 @@ mod tests {
     #[test]
     fn a_first_reading_that_fails_is_none() {
         let mut readings = Readings::new();
-        readings.0.begin(SECOND, BTreeMap::from([(80, Queue::default())]));
+        readings.0.begin(SECOND, BTreeMap::from([(80, nobody_waits())]));
         readings.0.row(&accepted(1, Established), SECOND);
         // What comes next is read to the end: all of it was there before us.
         assert_eq!(
@@ -751,7 +763,7 @@ mod tests {
             (0, 0)
         );
         // A later one that fails takes nothing away.
-        readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
+        readings.0.begin(readings.1, BTreeMap::from([(80, nobody_waits())]));
         readings.0.row(&accepted(1, Established), SECOND);
         assert_eq!(
             readings.totals(&[accepted(1, Established), accepted(2, Established), accepted(4, Established)]),
@@ -785,7 +797,7 @@ mod tests {
         let heard = |row: Row, ago: u64| Row { last_ack: Some(Duration::from_secs(ago)), ..row };
         let see = |readings: &mut Readings, rows: &[Row], acks: &[Row]| {
             readings.1 += SECOND;
-            readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
+            readings.0.begin(readings.1, BTreeMap::from([(80, nobody_waits())]));
             for row in rows {
                 readings.0.row(row, readings.1);
             }
@@ -835,7 +847,7 @@ mod tests {
     fn a_reading_that_takes_long_makes_nobody_older() {
         let mut readings = Readings::new();
         readings.1 += SECOND;
-        readings.0.begin(readings.1, BTreeMap::from([(80, Queue::default())]));
+        readings.0.begin(readings.1, BTreeMap::from([(80, nobody_waits())]));
         // Read 300 ms after the beginning: what the kernel says is of then.
         let at = readings.1 + Duration::from_millis(300);
         let (waiting, leak) = (Row { expires: 50 * SECOND, ..accepted(1, TimeWait) }, accepted(2, CloseWait));
@@ -943,7 +955,35 @@ mod tests {
         assert_eq!(shown(&[], &[8080], &[]), [a, (OTHER, 2)]);
         assert_eq!(shown(&[], &[], &[443]), [a, b, (client(443), 1), (OTHER, 1)]);
         assert_eq!(shown(&[80], &[], &[443]), [a, (client(443), 1), (OTHER, 1)]);
-        assert_eq!(shown(&[1], &[], &[]), [], "nobody listens there");
+        assert_eq!(shown(&[1], &[], &[]), [(server(1), 0)], "nobody listens there, which is told");
+        assert_eq!(shown(&[1, 80], &[1], &[]), [a]);
+    }
+
+    #[test]
+    fn a_port_that_was_named_is_there_at_zero_before_and_after_its_listener() {
+        let mut readings = Readings::of(Selection { only: vec![80], ..Selection::default() });
+        for ports in [&[][..], &[80], &[], &[]] {
+            let (sights, _) = readings.see(ports, &[]);
+            assert!(sights.keys().eq([&server(80)]), "{ports:?}: {sights:?}");
+            assert!(counts(&sights[&server(80)]).is_empty());
+            assert_eq!(sights[&server(80)].listeners.is_some(), !ports.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_passes_between_two_readings_takes_no_more_room_than_there_are_ports() {
+        let mut readings = Readings::of(Selection { remote: vec![443], ..Selection::default() });
+        readings.see(&[80], &[]);
+        for cookie in 0..300_000_u64 {
+            let port = 30_000 + cookie % 10_000;
+            readings.freed(&row(cookie, Close, &format!("10.0.0.1:{port}"), "10.0.0.9:443"));
+        }
+        assert_eq!((readings.0.undecided.len(), readings.0.opened()), (10_000, 300_000));
+        // Somebody has begun to listen on one of these ports meanwhile.
+        let (sights, _) = readings.see(&[80, 30_000], &[]);
+        let totals = |service| (sights[&service].opened, sights[&service].closed);
+        assert_eq!((totals(client(443)), totals(server(30_000))), ((299_970, 299_970), (30, 30)));
+        assert!(readings.0.undecided.is_empty());
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub enum Cause {
     Timeout,
     /// The network said that the peer cannot be reached.
     Unreachable,
-    /// TIME_WAIT's clock ran down.
+    /// The clock of TIME_WAIT, or of a FIN_WAIT2 without a descriptor, ran down.
     Expired,
     /// Another program ended it (`ss -K`, SOCK_DESTROY).
     Destroyed,

@@ -84,6 +84,12 @@ impl Lifecycle {
         Lifecycle { role: Role::Server, state: State::Listen, since: at, timed: false, over: false }
     }
 
+    /// A connection that was there before it was looked at: in `state`, entered at `since` if that is known.
+    #[must_use]
+    pub fn found(role: Role, state: State, since: Option<Duration>, at: Duration) -> Lifecycle {
+        Lifecycle { role, state: state.shown(), since: since.unwrap_or(at), timed: since.is_some(), over: false }
+    }
+
     /// A listening socket's own life: CLOSED, before listen(2).
     #[must_use]
     pub fn listener(at: Duration) -> Lifecycle {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::kernel::owners::Owners;
-use crate::survey::{Port, Reading, Service, Sight};
+use crate::survey::{Listeners, Port, Reading, Service, Sight};
 use crate::tcp::{Role, State};
 
 /// From which age on CLOSE_WAIT is a leak.
@@ -44,6 +44,7 @@ pub struct Finding {
 pub(super) fn findings(reading: &Reading, owners: &Owners, thresholds: Thresholds) -> Vec<Finding> {
     let mut found = Vec::new();
     for (service, sight) in &reading.services {
+        found.extend(deserted(*service, sight, reading));
         found.extend(leak(*service, sight, owners, thresholds));
         found.extend(queue(*service, sight, owners));
     }
@@ -64,6 +65,16 @@ pub(super) fn findings(reading: &Reading, owners: &Owners, thresholds: Threshold
     found
 }
 
+/// A port that somebody named, because there should be a listener.
+fn deserted(service: Service, sight: &Sight, reading: &Reading) -> Option<Finding> {
+    let named =
+        matches!(service, Service { role: Role::Server, port: Port::Number(port) } if reading.named.contains(&port));
+    (named && sight.listeners.is_none()).then(|| Finding {
+        severity: Severity::Critical,
+        text: format!("port {}: nobody listens, new connections are refused", service.port),
+    })
+}
+
 fn leak(service: Service, sight: &Sight, owners: &Owners, thresholds: Thresholds) -> Option<Finding> {
     let count = sight.count(State::CloseWait);
     let (age, at_least) = sight.oldest(State::CloseWait);
@@ -81,7 +92,7 @@ fn leak(service: Service, sight: &Sight, owners: &Owners, thresholds: Thresholds
 }
 
 fn queue(service: Service, sight: &Sight, owners: &Owners) -> Option<Finding> {
-    let queue = sight.queue?;
+    let Listeners { queue, inodes } = sight.listeners.as_ref()?;
     let limit = queue.limit?;
     let severity = match queue.length {
         0 => return None,
@@ -89,8 +100,14 @@ fn queue(service: Service, sight: &Sight, owners: &Owners) -> Option<Finding> {
         length if u64::from(length) * 2 > u64::from(limit) => Severity::Warning,
         _ => return None,
     };
+    // Each has a queue of its own: who is slow is the process behind the fullest.
+    let of = match (inodes.len(), owners.get(&queue.inode)) {
+        (1, _) => String::new(),
+        (many, None) => format!(" at one of {many} listeners"),
+        (many, Some(owner)) => format!(" at one of {many} listeners, PID {}", owner.pid),
+    };
     let text = format!(
-        "{}: {} {} to be accepted, {limit} may: the application accepts too slowly{}",
+        "{}: {} {} to be accepted{of}, {limit} may: the application accepts too slowly{}",
         Name(service, sight, owners),
         queue.length,
         if queue.length == 1 { "connection waits" } else { "connections wait" },
@@ -110,10 +127,8 @@ impl fmt::Display for Name<'_> {
             (Role::Client, Port::Other) => write!(f, "connections going out")?,
             (Role::Client, port) => write!(f, "connections to port {port}")?,
         }
-        match sight.queue.and_then(|queue| owners.get(&queue.inode)) {
-            Some(owner) => write!(f, " ({})", owner.name),
-            None => Ok(()),
-        }
+        let names: Vec<&str> = super::names(sight, owners).collect();
+        if names.is_empty() { Ok(()) } else { write!(f, " ({})", names.join(", ")) }
     }
 }
 
@@ -135,9 +150,8 @@ impl fmt::Display for Age {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Observer;
     use crate::kernel::owners::Owner;
-    use crate::survey::Queue;
+    use crate::kernel::{AcceptQueue, Observer};
     use Severity::{Critical, Warning};
 
     const THRESHOLDS: Thresholds = Thresholds { warn: Duration::from_mins(1), crit: Duration::from_mins(15) };
@@ -152,13 +166,13 @@ mod tests {
         sight
     }
 
-    fn listening(mut sight: Sight, queue: Queue) -> Sight {
-        sight.queue = Some(queue);
+    fn listening(mut sight: Sight, queue: AcceptQueue, inodes: &[u32]) -> Sight {
+        sight.listeners = Some(Listeners { queue, inodes: inodes.into() });
         sight
     }
 
     fn waiting(length: u32, limit: Option<u32>) -> Sight {
-        listening(Sight::default(), Queue { length, limit, inode: 7 })
+        listening(Sight::default(), AcceptQueue { length, limit, inode: 7 }, &[7])
     }
 
     fn reading(services: &[(Service, &Sight)]) -> Reading {
@@ -166,14 +180,16 @@ mod tests {
             services: services.iter().map(|(service, sight)| (*service, (*sight).clone())).collect(),
             fullest: Vec::new(),
             ports_limit: Some(100),
+            named: Vec::new(),
             observer: Observer::SockDiag,
             took: Duration::ZERO,
         }
     }
 
     fn told(reading: &Reading) -> Vec<(Severity, String)> {
-        let owner = Owner { pid: 1, fd: 3, name: "leaky".into(), command: "leaky --now".into() };
-        let found = findings(reading, &Owners::from([(7, owner)]), THRESHOLDS);
+        let owner = |pid, name: &str| Owner { pid, fd: 3, name: name.into(), command: "leaky --now".into() };
+        let owners = Owners::from([(7, owner(1, "leaky")), (9, owner(2, "leaky")), (10, owner(3, "another"))]);
+        let found = findings(reading, &owners, THRESHOLDS);
         found.into_iter().map(|finding| (finding.severity, finding.text)).collect()
     }
 
@@ -204,11 +220,12 @@ mod tests {
             let told = told(&reading(&[(service, sight)])).remove(0).1;
             told.split_once(": ").unwrap().0.to_owned()
         };
-        let owned = listening(leak.clone(), Queue { inode: 7, ..Queue::default() });
-        let strange = listening(leak.clone(), Queue { inode: 8, ..Queue::default() });
+        let of = |inodes| listening(leak.clone(), AcceptQueue::default(), inodes);
         let client = |port| Service { role: Role::Client, port };
-        assert_eq!(said(SERVER, &owned), "port 8080 (leaky)");
-        assert_eq!(said(SERVER, &strange), "port 8080");
+        assert_eq!(said(SERVER, &of(&[7])), "port 8080 (leaky)");
+        assert_eq!(said(SERVER, &of(&[8])), "port 8080");
+        assert_eq!(said(SERVER, &of(&[7, 8, 9])), "port 8080 (leaky)", "two workers, and one that nobody knows");
+        assert_eq!(said(SERVER, &of(&[7, 9, 10])), "port 8080 (another, leaky)");
         assert_eq!(said(client(Port::Number(443)), &leak), "connections to port 443");
         assert_eq!(said(client(Port::Other), &leak), "connections going out");
     }
@@ -225,6 +242,34 @@ mod tests {
         assert_eq!(of(&waiting(129, Some(128))), [drops("129 connections wait to be accepted, 128")]);
         assert_eq!(of(&waiting(1, Some(0))), [drops("1 connection waits to be accepted, 0")]);
         assert_eq!(of(&waiting(u32::MAX, Some(u32::MAX)))[0].0, Warning);
+    }
+
+    #[test]
+    fn of_several_queues_the_fullest_is_told_and_whose_it_is() {
+        let said = |inode, inodes: &[u32]| {
+            let queue = AcceptQueue { length: 5, limit: Some(4), inode };
+            of(&listening(Sight::default(), queue, inodes)).remove(0).1
+        };
+        let ends = ", 4 may: the application accepts too slowly, and the kernel drops handshakes";
+        let known = "port 8080 (leaky): 5 connections wait to be accepted at one of 2 listeners, PID 2".to_owned();
+        assert_eq!(said(9, &[7, 9]), known + ends);
+        let unknown = "port 8080: 5 connections wait to be accepted at one of 3 listeners".to_owned();
+        assert_eq!(said(8, &[8, 11, 12]), unknown + ends);
+    }
+
+    #[test]
+    fn a_port_that_was_named_should_be_listened_on() {
+        let (left, leaving) = (Sight::default(), leaking(&[(3, false)]));
+        let idle = waiting(0, Some(128));
+        let client = Service { role: Role::Client, port: Port::Number(8080) };
+        let told_of =
+            |service, sight, named: &[u16]| told(&Reading { named: named.into(), ..reading(&[(service, sight)]) });
+        let said = [(Critical, "port 8080: nobody listens, new connections are refused".to_owned())];
+        assert_eq!(told_of(SERVER, &left, &[80, 8080]), said);
+        assert_eq!(told_of(SERVER, &leaving, &[8080]), said, "whatever is left of it");
+        assert_eq!(told_of(SERVER, &idle, &[8080]), []);
+        assert_eq!(told_of(SERVER, &left, &[]), [], "nobody asked for it: it has gone, as ports may");
+        assert_eq!(told_of(client, &left, &[8080]), []);
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 use super::check::{Age, Finding, Severity};
 use crate::kernel::owners::{Owner, Owners};
-use crate::survey::{Reading, Service, Sight, Socket};
+use crate::survey::{Listeners, Reading, Service, Sight, Socket};
 use crate::tcp::{Role, State};
 
 /// The states that have a column of their own; the rest are added up.
@@ -19,8 +21,20 @@ const COLUMNS: [(State, &str); 5] = [
     (State::SynRecv, "SYN-RECV"),
 ];
 
+/// What is wrong, a line each, the worst first.
+pub(super) fn verdict(findings: &[Finding]) -> String {
+    let mut out = String::new();
+    for Finding { severity, text } in findings {
+        let _ = writeln!(out, "{} {text}", if *severity == Severity::Critical { "CRITICAL" } else { "WARNING " });
+    }
+    if findings.is_empty() {
+        out.push_str("OK nothing looks wrong\n");
+    }
+    out
+}
+
 /// For a person.
-pub(super) fn text(reading: &Reading, owners: &Owners, findings: &[Finding]) -> String {
+pub(super) fn text(reading: &Reading, owners: &Owners) -> String {
     let mut rows = vec![head()];
     for (service, sight) in &reading.services {
         // Who goes out, and to where nobody goes now, is worth no line.
@@ -29,23 +43,48 @@ pub(super) fn text(reading: &Reading, owners: &Owners, findings: &[Finding]) -> 
             rows.push(line(*service, sight, owners));
         }
     }
+    aligned(&rows, |column| column < 3)
+}
+
+/// Those that have been in CLOSE_WAIT for longest, for a person, after an empty line; nothing where there are none.
+pub(super) fn worst(sockets: &[Socket], owners: &Owners) -> String {
+    if sockets.is_empty() {
+        return String::new();
+    }
+    let mut rows = vec![["OLDEST CLOSE-WAIT", "PID", "FD", "LOCAL", "PEER", "COMMAND"].map(str::to_owned).to_vec()];
+    for socket in sockets {
+        let owner = owners.get(&socket.inode);
+        let or_nobody = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        rows.push(vec![
+            age(socket.age, socket.at_least),
+            or_nobody(owner.map(|owner| owner.pid.to_string())),
+            or_nobody(owner.map(|owner| owner.fd.to_string())),
+            socket.flow.local.to_string(),
+            socket.flow.peer.to_string(),
+            if socket.inode == 0 { "not accepted yet".to_owned() } else { or_nobody(owner.map(|o| o.command.clone())) },
+        ]);
+    }
+    "\n".to_owned() + &aligned(&rows, |column| column > 2)
+}
+
+fn age(age: Duration, at_least: bool) -> String {
+    format!("{}{}", if at_least { "≥ " } else { "" }, Age(age))
+}
+
+/// Rows of as many cells each, in columns: words to the left, numbers to the right.
+fn aligned(rows: &[Vec<String>], is_words: impl Fn(usize) -> bool) -> String {
     let mut out = String::new();
     let widths: Vec<usize> =
-        (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
-    for row in &rows {
+        (0..rows[0].len()).map(|i| rows.iter().map(|row| row[i].width()).max().unwrap_or(0)).collect();
+    for row in rows {
         let mut text = String::new();
         for (i, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            // Words to the left, numbers to the right.
-            let _ = if i < 3 { write!(text, "{cell:<width$}  ") } else { write!(text, "{cell:>width$}  ") };
+            // As wide as a terminal shows it, which may be two columns for a character, or none.
+            let room = " ".repeat(width - cell.width());
+            let (before, after) = if is_words(i) { ("", room.as_str()) } else { (room.as_str(), "") };
+            let _ = write!(text, "{before}{cell}{after}  ");
         }
         let _ = writeln!(out, "{}", text.trim_end());
-    }
-    out.push('\n');
-    for Finding { severity, text } in findings {
-        let _ = writeln!(out, "{} {text}", if *severity == Severity::Critical { "CRITICAL" } else { "WARNING " });
-    }
-    if findings.is_empty() {
-        out.push_str("OK nothing looks wrong\n");
     }
     out
 }
@@ -58,22 +97,21 @@ fn head() -> Vec<String> {
 }
 
 fn line(service: Service, sight: &Sight, owners: &Owners) -> Vec<String> {
-    let owner = sight.queue.and_then(|queue| owners.get(&queue.inode));
+    let names: Vec<&str> = super::names(sight, owners).collect();
     let mut cells = vec![
         if service.role == Role::Server { "in" } else { "out" }.to_owned(),
         service.port.to_string(),
-        owner.map_or("-".to_owned(), |owner| owner.name.clone()),
+        if names.is_empty() { "-".to_owned() } else { names.join(", ") },
     ];
     cells.extend(COLUMNS.map(|(state, _)| sight.count(state).to_string()));
     let named = |state: &State| *state == State::Listen || COLUMNS.iter().any(|(column, _)| column == state);
     cells.push(State::ALL.iter().filter(|s| !named(s)).map(|s| sight.count(*s)).sum::<u64>().to_string());
-    let (age, at_least) = sight.oldest(State::CloseWait);
-    cells.push(match sight.count(State::CloseWait) {
-        0 => "-".to_owned(),
-        _ => format!("{}{}", if at_least { "≥ " } else { "" }, Age(age)),
-    });
-    cells.push(match sight.queue {
-        Some(queue) => format!("{}/{}", queue.length, queue.limit.map_or("?".to_owned(), |limit| limit.to_string())),
+    let (oldest, at_least) = sight.oldest(State::CloseWait);
+    cells.push(if sight.count(State::CloseWait) == 0 { "-".to_owned() } else { age(oldest, at_least) });
+    cells.push(match &sight.listeners {
+        Some(Listeners { queue, .. }) => {
+            format!("{}/{}", queue.length, queue.limit.map_or("?".to_owned(), |limit| limit.to_string()))
+        }
         None => "-".to_owned(),
     });
     cells.extend([sight.opened.to_string(), sight.closed.to_string()]);
@@ -96,6 +134,7 @@ pub(super) struct Sockets<'a> {
 struct ServiceJson<'a> {
     role: &'static str,
     port: String,
+    /// Where several listen on the port, that of the fullest accept queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     process: Option<Process<'a>>,
     sockets: BTreeMap<&'static str, u64>,
@@ -121,6 +160,7 @@ impl<'a> Process<'a> {
     }
 }
 
+/// Of the listener whose queue is fullest.
 #[derive(Serialize)]
 struct QueueJson {
     length: u32,
@@ -140,7 +180,7 @@ impl<'a> Sockets<'a> {
         let services = reading.services.iter().map(|(service, sight)| ServiceJson {
             role: service.role.label(),
             port: service.port.to_string(),
-            process: sight.queue.and_then(|queue| owners.get(&queue.inode)).map(Process::of),
+            process: sight.listeners.as_ref().and_then(|l| owners.get(&l.queue.inode)).map(Process::of),
             sockets: State::ALL.map(|state| (state.label(), sight.count(state))).into(),
             oldest_seconds: State::ALL
                 .into_iter()
@@ -152,7 +192,8 @@ impl<'a> Sockets<'a> {
                 .filter(|state| held(state, sight) && sight.oldest(*state).1)
                 .map(State::label)
                 .collect(),
-            accept_queue: sight.queue.map(|queue| QueueJson { length: queue.length, limit: queue.limit }),
+            accept_queue: (sight.listeners.as_ref())
+                .map(|Listeners { queue, .. }| QueueJson { length: queue.length, limit: queue.limit }),
             opened: sight.opened,
             closed: sight.closed,
         });

@@ -47,7 +47,8 @@ fn sound_lives(lines: &[Value], wanted: &str) -> Vec<Vec<Change>> {
 fn limited(descriptors: u32, arguments: &[&str]) -> Echoscope {
     let inner = command();
     let mut shell = Command::new("/bin/sh");
-    shell.env_clear().arg("-c").arg(format!("ulimit -n {descriptors} && exec \"$0\" \"$@\""));
+    shell.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell.arg("-c").arg(format!("ulimit -n {descriptors} && exec \"$0\" \"$@\""));
     shell.arg(inner.get_program()).args(inner.get_args()).args(["--web.listen-address", "127.0.0.1:0"]);
     Echoscope::spawn(shell.args(arguments))
 }

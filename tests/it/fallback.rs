@@ -8,7 +8,8 @@ use crate::confined::spawn_refusing;
 use crate::support::{Echoscope, command, lives, until, walk};
 
 /// Starts `command` where socket(AF_NETLINK) gives EPERM.
-pub fn without_netlink(command: Command) -> Echoscope {
+pub fn without_netlink(mut command: Command) -> Echoscope {
+    command.env("ECHOSCOPE_OBSERVER", "auto");
     let netlink = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::AF_NETLINK as u64).unwrap();
     spawn_refusing(command, libc::SYS_socket, vec![SeccompRule::new(vec![netlink]).unwrap()])
 }

@@ -61,12 +61,34 @@ const FIRST_PORT: u16 = 7101;
 /// One socket's life: as the log tells it, and as the kernel announced it.
 type Pair = (Option<Told>, Option<Walk>);
 
+/// What even the kernel's own announcements leave open.
+const UNKNOWN_TO_ALL: &[(&str, &str, Why)] = &[
+    // Its timer tells, which is not among the changes of state that the trace records.
+    ("syn-sent-stuck", "server is not announced: LISTEN → SYN_RECV [tracepoint] → CLOSED [tracepoint]", ShortSynRecv),
+    ("port-exhaustion", "is not told: CLOSED → SYN_SENT → CLOSED", NoSegment),
+];
+
 #[test]
 #[ignore = "needs root: tracefs"]
 fn whatever_the_lab_tells_was_done() {
+    told_was_done("sock_diag", UNKNOWN);
+}
+
+#[test]
+#[ignore = "needs root: tracefs, CAP_BPF and CAP_PERFMON"]
+fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
+    let lines = told_was_done("ebpf", UNKNOWN_TO_ALL);
+    for told in told(&lines).iter().filter(|told| told.ports.1 != 0) {
+        let by_others: Vec<_> = told.steps.iter().filter(|said| said.evidence != "tracepoint").collect();
+        assert!(by_others.is_empty(), "{told}");
+    }
+}
+
+/// Plays all of the lab, seen by `observer`, and holds what it tells against what the kernel announced; returns its log.
+fn told_was_done(observer: &str, unknown: &[(&str, &str, Why)]) -> Vec<Value> {
     let stages = FIRST_PORT..=FIRST_PORT + lab::ALL.len() as u16 - 1;
     let trace = Trace::start(stages);
-    let lab = Echoscope::start(&["lab", "all", "--output", "json"]);
+    let lab = Echoscope::start(&["lab", "all", "--output", "json", "--observer", observer]);
     let says = |what: &'static str| move |line: &Value| line["message"].as_str().is_some_and(|m| m.starts_with(what));
     lab.line("playing", says("playing in"));
     let threads = fs::read_dir(format!("/proc/{}/task", lab.pid())).expect("list threads").flatten();
@@ -93,11 +115,12 @@ fn whatever_the_lab_tells_was_done() {
     for scenario in lab::ALL {
         let name = scenario.about().name;
         let pairs = by_scenario.remove(name).unwrap_or_default();
-        let known: BTreeSet<&str> = UNKNOWN.iter().filter(|row| row.0 == name).map(|row| row.1).collect();
+        let known: BTreeSet<&str> = unknown.iter().filter(|row| row.0 == name).map(|row| row.1).collect();
         faults +=
             &faults_of(&pairs, &known, &requests).map_or_else(|fault| format!("{name}: {fault}\n"), |()| String::new());
     }
     assert!(faults.is_empty(), "{faults}");
+    lines
 }
 
 /// # Errors

@@ -5,6 +5,7 @@ mod census;
 mod confined;
 mod dashboards;
 mod drain;
+mod ebpf;
 mod explain;
 mod fallback;
 mod floors;

@@ -62,7 +62,8 @@ pub fn quiet_port() -> u16 {
 /// The command, with JSON logs, before arguments are added.
 pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_echoscope"));
-    command.env_clear().args(["--log.format", "json"]);
+    // As anybody may start it: who has the capabilities to test with would be shown more (see tests/it/ebpf.rs).
+    command.env_clear().env("ECHOSCOPE_OBSERVER", "sock_diag").args(["--log.format", "json"]);
     command
 }
 
@@ -146,6 +147,7 @@ impl Echoscope {
             "INT" => Signal::INT,
             "STOP" => Signal::STOP,
             "CONT" => Signal::CONT,
+            "KILL" => Signal::KILL,
             _ => panic!("no signal {name}"),
         };
         let pid = Pid::from_raw(self.pid().cast_signed()).expect("a pid");

@@ -33,7 +33,7 @@ listener = socket.socket()
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.bind(('127.0.0.1', int(sys.argv[1])))
 if len(sys.argv) > 2:
-    open('/proc/self/comm', 'w').write(sys.argv[2].encode().decode('unicode_escape'))
+    open('/proc/self/comm', 'wb').write(sys.argv[2].encode().decode('unicode_escape').encode())
 listener.listen(1000)
 print('listening', flush=True)
 threading.Thread(target=remind, daemon=True).start()
@@ -441,11 +441,25 @@ fn once_is_a_check() {
         let text = String::from_utf8(out.stdout).unwrap();
         assert_eq!(out.status.code(), Some(code), "{text}");
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 4, "{text}");
-        assert!(lines[0].contains("PORT") && lines[0].contains("OLDEST CLOSE-WAIT"), "{text}");
-        let cells: Vec<&str> = lines[1].split_whitespace().collect();
+        assert_eq!(lines.len(), if code == 0 { 4 } else { 11 }, "{text}");
+        assert!(lines[2].contains("PORT") && lines[2].contains("OLDEST CLOSE-WAIT"), "{text}");
+        let cells: Vec<&str> = lines[3].split_whitespace().collect();
         assert_eq!(cells[..8], ["in", &name, &leaky.name(), "0", "7", "0", "0", "0"], "{text}");
-        assert!(lines[3].starts_with(verdict), "{text}");
+        assert!(lines[0].starts_with(verdict) && lines[1].is_empty(), "a monitor shows the first line: {text}");
+        if code > 0 {
+            let words = |line: usize| lines[line].split_whitespace().collect::<Vec<_>>();
+            assert_eq!(words(5), ["OLDEST", "CLOSE-WAIT", "PID", "FD", "LOCAL", "PEER", "COMMAND"], "{text}");
+            let (mut fds, local) = (BTreeSet::new(), format!("127.0.0.1:{port}"));
+            for line in 6..11 {
+                let [_, _, "s", pid, fd, at, _, program, "-c", ..] = words(line)[..] else { panic!("{text}") };
+                assert_eq!((pid, at), (leaky.child.id().to_string().as_str(), local.as_str()), "{text}");
+                assert!(program.ends_with("python3"), "{text}");
+                let held = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+                assert!(held.to_str().unwrap().starts_with("socket:["), "{text}");
+                fds.insert(fd);
+            }
+            assert_eq!(fds.len(), 5, "the worst five: {text}");
+        }
         assert_eq!(String::from_utf8(out.stderr).unwrap(), "", "nothing to complain of");
         let (code_of_json, reading) = once_json(&arguments);
         assert_eq!(code_of_json, Some(code));
@@ -455,6 +469,156 @@ fn once_is_a_check() {
     let out = once(&["--warn", "2h", "--crit", "1h"]);
     assert_eq!(out.status.code(), Some(2));
     assert!(out.stdout.is_empty(), "usage");
+}
+
+#[test]
+fn of_a_leak_that_nobody_accepted_it_says_so() {
+    let port = quiet_port();
+    let _listener = listen(&format!("127.0.0.1:{port}"), false);
+    let (streams, ..) = leak(port, 1);
+    let out = once(&["--port", &name_of(port), "--warn", "0s"]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    let peer = streams[0].local_addr().unwrap().to_string();
+    let words: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+    let local = format!("127.0.0.1:{port}");
+    assert_eq!(words[2..], ["s", "-", "-", &local, &peer, "not", "accepted", "yet"], "{text}");
+}
+
+#[test]
+fn a_check_that_cannot_look_says_so() {
+    for (output, said) in [("text", true), ("json", false)] {
+        let mut check = command();
+        check.args(["--observer", "sock_diag", "watch", "--once", "--output", output]);
+        let (status, stdout, lines) = without_netlink(check).wait();
+        let reason = "read the kernel's socket table: open netlink sock_diag socket: Operation not permitted";
+        assert_eq!(status.code(), Some(3), "neither well nor wrong: {stdout}");
+        assert_eq!(stdout.starts_with(&format!("UNKNOWN {reason}")) && stdout.lines().count() == 1, said, "{stdout}");
+        let logged = lines.iter().any(|line| line["error"].as_str().is_some_and(|error| error.starts_with(reason)));
+        assert_eq!((stdout.is_empty(), logged), (!said, !said), "{lines:?}");
+    }
+    // Whoever is to watch, and cannot, has failed.
+    let mut serve = command();
+    serve.args(["--web.listen-address", "127.0.0.1:0", "--observer", "sock_diag", "watch"]);
+    assert_eq!(without_netlink(serve).wait().0.code(), Some(1));
+}
+
+#[test]
+fn of_listeners_that_share_a_port_the_one_that_is_full_is_told() {
+    let port = quiet_port();
+    let name = name_of(port);
+    // Each has a queue of its own, and the kernel chooses by the peer's address: some find no place while others would.
+    let listener = |backlog| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_reuse_port(true).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], port)).into()).unwrap();
+        socket.listen(backlog).unwrap();
+        socket
+    };
+    let _listeners = [listener(1), listener(4000), listener(4000)];
+    let watch = watch(&["--port", &name, "--interval", "50ms"]);
+    let mut streams = Vec::new();
+    let reading = until("the small queue to be full", || {
+        let stream = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let _ = stream.connect(&SocketAddr::from(([127, 0, 0, 1], port)).into());
+        streams.push(stream);
+        let reading = sockets(&watch, "");
+        let full = serde_json::json!({ "length": 2, "limit": 1 });
+        (service(&reading, "server", port).unwrap()["accept_queue"] == full).then_some(reading)
+    });
+    let said = reading["findings"][0]["text"].as_str().unwrap();
+    let (begin, end) = ("2 connections wait to be accepted at one of 3 listeners", "and the kernel drops handshakes");
+    assert!(said.contains(begin) && said.ends_with(end), "{said}");
+    let metrics = watch.metrics();
+    let of = |name| metrics.sum(name, &[("port", name_of(port).as_str())]);
+    assert_eq!((of("echoscope_accept_queue_length"), of("echoscope_accept_queue_limit")), (2.0, 1.0));
+    assert_eq!(metrics.sockets("server", port, "listen"), 3.0);
+}
+
+#[test]
+fn a_listener_that_outlives_its_process_gets_its_new_owner() {
+    // The child holds the listener too, under another name, and the parent ends when it is told to.
+    const FORKING: &str = "
+import os, socket, sys
+listener = socket.socket()
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(('127.0.0.1', int(sys.argv[1])))
+listener.listen(9)
+def call_it(name):
+    open('/proc/self/comm', 'w').write(name)
+alive, dying = os.pipe()
+ready, go = os.pipe()
+if os.fork() == 0:
+    os.close(dying)
+    call_it('heir')
+    os.write(go, b'x')
+    os.read(alive, 1)
+    os.read(0, 1)
+else:
+    call_it('founder')
+    os.read(ready, 1)
+    print('listening', flush=True)
+    sys.stdin.readline()
+";
+    let port = quiet_port();
+    let name = name_of(port);
+    let mut founder = Python::start(FORKING, &[&name]);
+    let watch = watch(&["--port", &name, "--interval", "50ms"]);
+    let owner = || {
+        let reading = sockets(&watch, "");
+        service(&reading, "server", port).unwrap()["process"].clone()
+    };
+    assert_eq!((&owner()["name"], &owner()["pid"]), (&"founder".into(), &founder.child.id().into()));
+    founder.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    // Not wait(): that would close the heir's stdin too.
+    assert!(until("the founder's end", || founder.child.try_wait().unwrap()).success());
+    assert_ne!(owner()["name"], "founder", "it is gone");
+    let heir = until("its heir", || Some(owner()).filter(|owner| owner["name"] == "heir"));
+    assert_ne!(heir["pid"], founder.child.id());
+    let metrics = watch.metrics();
+    let told = |process| metrics.series("echoscope_listener_info", &[("port", &name), ("process", process)]).count();
+    assert_eq!((told("founder"), told("heir")), (0, 1));
+}
+
+#[test]
+fn a_port_that_was_named_is_told_of_though_nobody_listens() {
+    let (port, remote) = (quiet_port(), quiet_port());
+    let (name, remote_name) = (name_of(port), name_of(remote));
+    let arguments = ["--port", &name, "--remote-port", &remote_name, "--interval", "20ms"];
+    let watch = watch(&arguments);
+    let zeros = || {
+        let metrics = watch.metrics();
+        for (role, port) in [("server", &name), ("client", &remote_name)] {
+            for (state, _, _) in STATES {
+                let labels = [("role", role), ("port", port.as_str()), ("state", state)];
+                for series in ["echoscope_tcp_sockets", "echoscope_tcp_oldest_seconds"] {
+                    assert_eq!(metrics.series(series, &labels).count(), 1, "{series} {labels:?}");
+                    assert_eq!(metrics.sum(series, &labels), 0.0, "{series} {labels:?}");
+                }
+            }
+        }
+    };
+    zeros();
+    let said = |severity: &str, code: i32| {
+        let (exit, reading) = once_json(&arguments);
+        assert_eq!(exit, Some(code), "{reading:#}");
+        assert_eq!(reading["findings"].as_array().unwrap().len(), usize::from(code > 0), "{reading:#}");
+        let nobody = format!("port {port}: nobody listens, new connections are refused");
+        assert!(code == 0 || reading["findings"][0] == serde_json::json!({ "severity": severity, "text": nobody }));
+    };
+    said("critical", 2);
+    let listener = listen(&format!("127.0.0.1:{port}"), false);
+    until("the listener", || (watch.metrics().sockets("server", port, "listen") == 1.0).then_some(()));
+    said("ok", 0);
+    drop(listener);
+    until("no listener", || (watch.metrics().sockets("server", port, "listen") == 0.0).then_some(()));
+    zeros();
+    said("critical", 2);
+    // Contradictory: nothing would be left to look at.
+    let out = once(&["--port", &name, "--ignore-port", &name]);
+    let complaint = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(complaint.contains("--ignore-port") && complaint.contains(&name), "{complaint}");
 }
 
 #[test]
@@ -694,7 +858,7 @@ fn only_what_was_asked_for_is_shown() {
 fn a_listener_that_comes_and_goes() {
     let port = quiet_port();
     let name = name_of(port);
-    let watch = watch(&["--port", &name, "--interval", "20ms"]);
+    let watch = watch(&["--interval", "20ms"]);
     let shown = || service(&sockets(&watch, ""), "server", port).cloned();
     assert!(shown().is_none());
     let listener = listen(&format!("127.0.0.1:{port}"), false);
@@ -703,8 +867,10 @@ fn a_listener_that_comes_and_goes() {
     until("a connection", || shown().filter(|service| service["sockets"]["established"] == 1));
     // Its connection outlives it.
     drop(listener);
-    let left = until("the listener to be gone", || shown().filter(|service| service["sockets"]["listen"] == 0));
-    assert_eq!((&left["sockets"]["established"], left.get("accept_queue")), (&1.into(), None));
+    // Listeners are read a moment before the whole table: one that goes between the two still has its queue in that reading.
+    let gone = |service: &Value| service["sockets"]["listen"] == 0 && service.get("accept_queue").is_none();
+    let left = until("the listener to be gone", || shown().filter(gone));
+    assert_eq!(left["sockets"]["established"], 1);
     // The peer closes first, so that nothing is left on this port.
     stream.shutdown(Shutdown::Write).unwrap();
     drop(accepted);
@@ -718,15 +884,32 @@ fn a_listener_that_comes_and_goes() {
 
 #[test]
 fn a_name_cannot_write_on_the_terminal() {
-    let port = quiet_port();
-    let name = name_of(port);
-    let _named = Python::start(LEAKY, &[&name, r"a\x1b[31m\nb\x85c"]);
-    let out = once(&["--port", &name]);
-    let text = String::from_utf8(out.stdout).unwrap();
-    assert!(text.contains("a [31m b"), "{text:?}");
-    assert!(!text.chars().any(|c| c.is_control() && c != '\n') && text.lines().count() == 4, "{text:?}");
-    let watch = watch(&["--port", &name]);
-    assert_eq!(watch.metrics().series("echoscope_listener_info", &[("port", &name)]).count(), 1);
+    // A control sequence and a line's end; writing turned around; two columns a character, and none. 15 bytes at most.
+    for (comm, shown, columns) in [
+        (r"a\x1b[31m\nb", r"a\u{1b}[31m\u{a}b", 17),
+        (r"a\u202ebad\u200b", r"a\u{202e}bad\u{200b}", 20),
+        (r"\u30c7\u30fc\u30bf", "データ", 6),
+        (r"e\u0301t\u00e9", "e\u{301}té", 3),
+    ] {
+        let port = quiet_port();
+        let name = name_of(port);
+        let _named = Python::start(LEAKY, &[&name, comm]);
+        let out = once(&["--port", &name]);
+        let text = String::from_utf8(out.stdout).unwrap();
+        assert!(!text.chars().any(|c| c.is_control() && c != '\n') && text.lines().count() == 4, "{text:?}");
+        // The next column begins where its head says.
+        let (head, line) = (text.lines().nth(2).unwrap(), text.lines().nth(3).unwrap());
+        let (before, after) = line.split_once(shown).unwrap_or_else(|| panic!("{text}"));
+        let estab = head.find("ESTAB").unwrap() + "ESTAB".len();
+        let zero = before.len() + columns + after.find('0').unwrap() + 1;
+        assert_eq!(zero, estab, "{text}");
+        let watch = watch(&["--port", &name]);
+        let metrics = watch.metrics();
+        assert_eq!(metrics.series("echoscope_listener_info", &[("port", &name)]).count(), 1);
+        let label = shown.replace('\\', r"\\");
+        let (_, page) = get(watch.web(), "/metrics");
+        assert!(page.contains(&format!("process=\"{label}\"")), "{page}");
+    }
 }
 
 #[test]

@@ -1,0 +1,224 @@
+//! How many sockets there are of each service in each state, and since when the oldest is there, as the kernel's
+//! announcements add up: what it costs to ask does not depend on how many there are.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::kernel::Row;
+use crate::kernel::tracepoints::{Counts, Event, Kind, TraceError};
+use crate::scope::Scope;
+use crate::tcp::{Flow, Identity, Role, State, Transitions};
+
+/// The sum of what was there before and of what the kernel has announced since.
+#[derive(Default)]
+pub struct Tally(Mutex<Told>);
+
+/// What the witness knows beside the kernel's counts.
+#[derive(Default)]
+struct Told {
+    counts: Option<Counts>,
+    before: Vec<[i64; State::SLOTS]>,
+    since: Vec<[Option<Duration>; State::SLOTS]>,
+    pairs: HashMap<(IpAddr, SocketAddr), u32>,
+}
+
+/// A service's sockets.
+#[derive(Clone, Copy, Debug)]
+pub struct Sum {
+    /// How many are in each state.
+    pub counts: [u64; State::SLOTS],
+    /// Since when the oldest is there, on the monotonic clock.
+    pub since: [Option<Duration>; State::SLOTS],
+}
+
+impl Tally {
+    /// The sums of `services` services.
+    ///
+    /// # Errors
+    /// When the kernel's counts cannot be read.
+    pub fn sums(&self, services: usize) -> Result<Vec<Sum>, TraceError> {
+        let told = self.told();
+        (0..services)
+            .map(|place| {
+                let since_then = told.counts.as_ref().map(|counts| counts.since_then(place)).transpose()?;
+                let since_then = since_then.unwrap_or_default();
+                let before = told.before.get(place).copied().unwrap_or_default();
+                let mut counts = [0; State::SLOTS];
+                for (count, (n, before)) in counts.iter_mut().zip(since_then.into_iter().zip(before)) {
+                    // Less than none: one CPU's news before another's, for a moment.
+                    *count = u64::try_from(n + before).unwrap_or(0);
+                }
+                Ok(Sum { counts, since: told.since.get(place).copied().unwrap_or_default() })
+            })
+            .collect()
+    }
+
+    /// How many of our clients' sockets there are between a local and a remote address.
+    pub fn each_pair(&self, mut pair: impl FnMut(IpAddr, SocketAddr, u32)) {
+        for ((local, peer), count) in &self.told().pairs {
+            pair(*local, *peer, *count);
+        }
+    }
+
+    /// Takes note of what was there before the kernel began these counts.
+    pub(super) fn begin(&self, before: Vec<[i64; State::SLOTS]>, counts: Counts) {
+        let mut told = self.told();
+        (told.before, told.counts) = (before, Some(counts));
+    }
+
+    /// Takes note that a socket of the service at `place` went from one state to another, and the kernel did not count it.
+    pub(super) fn correct(&self, place: usize, from: State, to: State) {
+        if let Some(before) = self.told().before.get_mut(place) {
+            before[from as usize] -= 1;
+            before[to as usize] += 1;
+        }
+    }
+
+    /// Takes note of what one round of events came to.
+    pub(super) fn update(&self, ages: &mut Ages, state: impl Fn(u64) -> Option<(State, Duration)>) {
+        let mut told = self.told();
+        told.since = ages.oldest(state);
+        for (pair, change) in ages.pairs.drain() {
+            let count = told.pairs.entry(pair).or_default();
+            *count = count.saturating_add_signed(change);
+            if *count == 0 {
+                told.pairs.remove(&pair);
+            }
+        }
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Who entered which state in which order, so that the oldest is always the first.
+pub(super) struct Ages {
+    services: Vec<(Role, u16)>,
+    entered: Vec<[VecDeque<(Duration, u64)>; State::SLOTS]>,
+    /// The length from which on those that have left are thrown out.
+    full: Vec<[usize; State::SLOTS]>,
+    pairs: HashMap<(IpAddr, SocketAddr), i32>,
+}
+
+/// Fewer are not worth to be thrown out.
+const FEW: usize = 1024;
+
+impl Ages {
+    pub(super) fn new(scope: &Scope) -> Ages {
+        let services = scope.services().to_vec();
+        let entered = services.iter().map(|_| std::array::from_fn(|_| VecDeque::new())).collect();
+        let full = vec![[FEW; State::SLOTS]; services.len()];
+        Ages { services, entered, full, pairs: HashMap::new() }
+    }
+
+    /// A life begins in `state`, or moves.
+    pub(super) fn begins(&mut self, id: &Identity, state: State, at: Duration) {
+        self.enter(id, state, at);
+        self.count_pair(id, 1);
+    }
+
+    pub(super) fn moves(&mut self, id: &Identity, transitions: &Transitions) {
+        if let Some(last) = transitions.iter().last() {
+            self.enter(id, last.to, last.at);
+        }
+    }
+
+    pub(super) fn ends(&mut self, id: &Identity) {
+        self.count_pair(id, -1);
+    }
+
+    fn enter(&mut self, id: &Identity, state: State, at: Duration) {
+        if matches!(state, State::Close | State::Listen) {
+            return;
+        }
+        if let Ok(place) = self.services.binary_search(&(id.role, id.port)) {
+            self.entered[place][state as usize].push_back((at, id.cookie));
+        }
+    }
+
+    fn count_pair(&mut self, id: &Identity, change: i32) {
+        if id.role == Role::Client {
+            let Flow { local, peer } = id.flow.canonical().unscoped();
+            *self.pairs.entry((local.ip(), peer)).or_default() += change;
+        }
+    }
+
+    /// Since when the oldest is where it is, by service and state.
+    fn oldest(&mut self, state: impl Fn(u64) -> Option<(State, Duration)>) -> Vec<[Option<Duration>; State::SLOTS]> {
+        let mut oldest = vec![[None; State::SLOTS]; self.entered.len()];
+        for (place, states) in self.entered.iter_mut().enumerate() {
+            for (slot, queue) in states.iter_mut().enumerate() {
+                let stays = |&(at, cookie): &(Duration, u64)| {
+                    state(cookie).is_some_and(|(s, since)| s as usize == slot && since == at)
+                };
+                while queue.front().is_some_and(|first| !stays(first)) {
+                    queue.pop_front();
+                }
+                // One that stays for long must not keep all that came and went after it.
+                let full = &mut self.full[place][slot];
+                if queue.len() > *full {
+                    queue.retain(stays);
+                    queue.shrink_to(queue.len() * 2);
+                    *full = (queue.len() * 2).max(FEW);
+                }
+                oldest[place][slot] = queue.front().map(|first| first.0);
+            }
+        }
+        oldest
+    }
+}
+
+/// How many sockets were in each state when `era` began: from a dump that was made after that, and from every event of it
+/// until after the dump. A socket's first event says where it was before; one without an event is where the
+/// dump shows it; one whose first event is its birth was not there.
+pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) -> Vec<[i64; State::SLOTS]> {
+    let mut before = vec![[0; State::SLOTS]; scope.services().len()];
+    let mut add = |flow: &Flow, state: State| {
+        if let Some(place) = scope.service_of(flow) {
+            before[place][state as usize] += 1;
+        }
+    };
+    let (mut full, mut mini, mut requests) = (HashSet::new(), HashSet::new(), HashSet::new());
+    for event in events.iter().filter(|event| event.era == era) {
+        match event.kind {
+            Kind::Changed { from, to } => {
+                let born = from == State::Close || (from, to) == (State::Listen, State::SynRecv);
+                if full.insert(event.cookie) && !born {
+                    add(&event.flow, from);
+                }
+            }
+            Kind::Armed(_) => {
+                mini.insert(event.cookie);
+            }
+            Kind::Disarmed { .. } => {
+                if mini.insert(event.cookie) {
+                    add(&event.flow, State::TimeWait);
+                }
+            }
+            Kind::Requested => {
+                requests.insert(event.flow.canonical().unscoped());
+            }
+            Kind::Unrequested { .. } => {
+                if requests.insert(event.flow.canonical().unscoped()) {
+                    add(&event.flow, State::SynRecv);
+                }
+            }
+            Kind::ResetSent(_) => {}
+        }
+    }
+    for row in rows {
+        let told_of = match row.state.shown() {
+            State::Close => true,
+            _ if row.is_minisocket() => row.cookie.is_some_and(|cookie| mini.contains(&cookie)),
+            State::SynRecv => requests.contains(&row.flow.canonical().unscoped()),
+            _ => row.cookie.is_some_and(|cookie| full.contains(&cookie)),
+        };
+        if !told_of {
+            add(&row.flow, row.state.shown());
+        }
+    }
+    before
+}

@@ -1,0 +1,324 @@
+//! The thread that hears what the kernel announces, and tells whole lives by it: from the first SYN to the end of
+//! TIME_WAIT, whether or not anybody accepted, and after close(2) as before.
+
+use std::collections::{HashMap, HashSet};
+use std::future::pending;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::lives::{Lives, Said};
+use super::tally::{self, Ages, Tally};
+use super::{Departed, GATHER, Shared};
+use crate::kernel::tracepoints::{Alarm, Event, Losses, Tracepoints};
+use crate::kernel::{Row, Table, Wanted, clock};
+use crate::log::OnceAMinute;
+use crate::metrics::ObserverMetrics;
+use crate::scope::Scope;
+use crate::tcp::{Identity, State, StateSet};
+
+/// How often losses are looked for.
+const CHECK: Duration = Duration::from_millis(100);
+
+/// How many minisockets in FIN_WAIT2 are looked up each time: a lookup takes about 3 µs.
+const ORPHANS: usize = 500;
+
+/// How often the ends of TIME_WAITs are read where no timer tells of them, and how often names are asked for.
+const REST: Duration = Duration::from_millis(500);
+const NAMES: Duration = Duration::from_millis(50);
+
+pub(super) struct Witness {
+    tracepoints: Tracepoints,
+    lives: Lives,
+    ears: Ears,
+    scope: Arc<Scope>,
+    table: Table,
+    all: Wanted,
+    handshakes: Wanted,
+    losses: Losses,
+    begin_again: bool,
+    next_check: Duration,
+    next_names: Duration,
+    next_rest: Duration,
+    warned: OnceAMinute,
+}
+
+/// Where what is told goes to.
+struct Ears {
+    shared: Arc<Shared>,
+    tally: Arc<Tally>,
+    ages: Ages,
+    metrics: ObserverMetrics,
+}
+
+impl Ears {
+    fn tell(&mut self, id: &Identity, said: Said<'_>) {
+        let journal = &self.shared.journal;
+        match said {
+            Said::Begins(state, at) => {
+                journal.open(id, state, at);
+                self.ages.begins(id, state, at);
+            }
+            Said::Moves(transitions) => {
+                journal.record(id, transitions);
+                self.ages.moves(id, transitions);
+            }
+            Said::Ends { departed } => {
+                self.ages.ends(id);
+                if departed {
+                    self.shared.has_gone();
+                }
+            }
+        }
+    }
+}
+
+impl Witness {
+    /// Begins to listen for the services of `scope`, and takes in who is there already.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or its table cannot be read.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        scope: &Arc<Scope>,
+        table: Table,
+        tracepoints: Tracepoints,
+    ) -> anyhow::Result<(Witness, Arc<Tally>)> {
+        let tally = Arc::new(Tally::default());
+        let which = Arc::clone(scope);
+        let which = Box::new(move |flow: &_| which.service_of(flow).map(|place| which.services()[place]));
+        let metrics = shared.journal.metrics().observer(crate::kernel::Observer::Ebpf, "follow");
+        let mut witness = Witness {
+            lives: Lives::new(which, tracepoints.tells_of_timers()),
+            ears: Ears { shared, tally: Arc::clone(&tally), ages: Ages::new(scope), metrics },
+            tracepoints,
+            scope: Arc::clone(scope),
+            table,
+            all: scope.wanted(StateSet::of(&State::ALL)),
+            handshakes: scope.wanted(StateSet::of(&[State::SynSent, State::SynRecv])),
+            losses: Losses::default(),
+            begin_again: false,
+            next_check: Duration::ZERO,
+            next_names: Duration::ZERO,
+            next_rest: Duration::ZERO,
+            warned: OnceAMinute::default(),
+        };
+        witness.begin()?;
+        Ok((witness, tally))
+    }
+
+    /// Begins to count anew, with everybody who is there: first the kernel tells, then the table is read, so that nobody is
+    /// between the two. Who was known and is not there any more has gone unheard.
+    fn begin(&mut self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        let known: Vec<Identity> = self.lives.each().map(|(id, _)| *id).collect();
+        let era = self.tracepoints.tell_of(self.scope.services())?;
+        let mut rows = Vec::new();
+        if self.table.each(&self.all, |row| rows.push(*row))? {
+            // The kernel says that rows may be missing: once more, and then as it is.
+            rows.clear();
+            self.table.each(&self.all, |row| rows.push(*row))?;
+        }
+        let mut events: Vec<Event> = Vec::new();
+        self.tracepoints.drain(|event| events.push(*event));
+        for row in rows.iter().filter(|row| row.is_minisocket() && row.state == State::FinWait2) {
+            if let Some(cookie) = row.cookie {
+                self.tracepoints.know_orphan(cookie)?;
+            }
+        }
+        self.ears.tally.begin(tally::before(&self.scope, era, &rows, &events), self.tracepoints.counts());
+        for event in &events {
+            self.lives.hear(event, &mut |id, said| self.ears.tell(id, said));
+        }
+        // What has happened meanwhile is newer than what was read. A descriptor that is still open shows as CLOSE beside
+        // its own TIME_WAIT.
+        let newer: HashSet<u64> = events.iter().map(|event| event.cookie).collect();
+        let shown: HashMap<u64, &Row> =
+            rows.iter().filter(|row| row.state != State::Close).filter_map(|row| Some((row.cookie?, row))).collect();
+        let now = clock::monotonic();
+        for (_, row) in shown.iter().filter(|(cookie, _)| !newer.contains(cookie)) {
+            self.lives.found(row, now, &mut |id, said| self.ears.tell(id, said));
+        }
+        // Absence is only believed of a lookup.
+        for id in known.iter().filter(|id| !shown.contains_key(&id.cookie) && !newer.contains(&id.cookie)) {
+            match self.table.find(&id.flow, id.cookie)? {
+                Some(row) => self.lives.found(&row, now, &mut |id, said| self.ears.tell(id, said)),
+                None => self.lives.vanished(id.cookie, now, &mut |id, said| self.ears.tell(id, said)),
+            }
+        }
+        self.publish();
+        self.ears.metrics.duration.observe(began.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Departed>) {
+        let alarm = match self.tracepoints.alarm() {
+            Ok(alarm) => Some(alarm),
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for the kernel's events: they are read every {GATHER:?}");
+                None
+            }
+        };
+        let mut departed = Vec::new();
+        loop {
+            let open = self.wait(&mut inbox, &mut departed, alarm.as_ref()).await;
+            if !open && departed.is_empty() {
+                return;
+            }
+            self.round(&mut departed);
+            tokio::time::sleep(GATHER).await;
+        }
+    }
+
+    /// Waits for something to do. Returns false when no more will ever depart.
+    async fn wait(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Departed>,
+        departed: &mut Vec<Departed>,
+        alarm: Option<&Alarm>,
+    ) -> bool {
+        const BATCH: usize = 4096;
+        let rest = (!self.tracepoints.tells_of_timers()).then_some(REST).into_iter();
+        // Losses, and orphans, show although nothing else does.
+        let rest = rest.chain(self.lives.each().next().is_some().then_some(CHECK));
+        let next = self.lives.next(clock::monotonic()).into_iter().chain(rest).min();
+        let asleep = async {
+            match next {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => pending().await,
+            }
+        };
+        let heard = async {
+            if let Some(alarm) = alarm {
+                drop(alarm.rings().await);
+            }
+        };
+        tokio::select! {
+            count = inbox.recv_many(departed, BATCH) => count > 0,
+            () = heard => true,
+            () = asleep => true,
+        }
+    }
+
+    /// Everything that was announced, and then who has departed: what led to a close(2) was announced before it.
+    fn round(&mut self, departed: &mut Vec<Departed>) {
+        let now = clock::monotonic();
+        let ears = &mut self.ears;
+        let lives = &mut self.lives;
+        self.tracepoints.drain(|event| lives.hear(event, &mut |id, said| ears.tell(id, said)));
+        lives.settle(now, &mut |id, said| ears.tell(id, said));
+        for departed in departed.drain(..) {
+            let goes_on = self.lives.departs(departed.id.cookie);
+            if let Some(reason) = departed.reason {
+                self.ears.shared.journal.ledger().close(departed.id.cookie, reason);
+            }
+            self.ears.shared.unseen.fetch_sub(1, Ordering::AcqRel);
+            if !goes_on {
+                self.ears.shared.has_gone();
+            }
+        }
+        let now = clock::monotonic();
+        if now >= self.next_names && self.lives.wants_names(now) {
+            self.next_names = now + NAMES;
+            self.ask_for_names();
+        }
+        if now >= self.next_check {
+            self.next_check = now + CHECK;
+            self.look_up_orphans();
+            // Where no timer tells of them, the ends of TIME_WAITs and of handshakes show in the table only.
+            let unheard = !self.tracepoints.tells_of_timers() && now >= self.next_rest;
+            if self.check_for_losses() || self.begin_again || unheard {
+                self.begin_again = false;
+                self.next_rest = now + REST;
+                self.look_again();
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        let lives = &self.lives;
+        self.ears.tally.update(&mut self.ears.ages, |cookie| lives.state(cookie));
+    }
+
+    /// After a loss everybody is looked for in the table, and counted anew.
+    fn check_for_losses(&mut self) -> bool {
+        let losses = match self.tracepoints.losses() {
+            Ok(losses) => losses,
+            Err(error) => {
+                self.ears.metrics.errors.inc();
+                tracing::debug!(%error, "lost events");
+                return false;
+            }
+        };
+        let new = (losses.ring + losses.missed).saturating_sub(self.losses.ring + self.losses.missed);
+        if new == 0 {
+            return false;
+        }
+        self.ears.metrics.lost_events.inc_by(new);
+        if let Some(times) = self.warned.due(clock::monotonic()) {
+            let Losses { ring, missed } = losses;
+            tracing::warn!(ring, missed, times, "kernel events were lost; every connection is looked up");
+        }
+        self.losses = losses;
+        self.lives.forget_requests();
+        true
+    }
+
+    /// A minisocket that goes from FIN_WAIT2 to TIME_WAIT keeps its timer, and is not always announced.
+    fn look_up_orphans(&mut self) {
+        for id in self.lives.orphans(ORPHANS) {
+            let row = match self.table.find(&id.flow, id.cookie) {
+                Ok(Some(row)) => row,
+                // Its end is announced.
+                Ok(None) => continue,
+                Err(error) => {
+                    self.failed(&error);
+                    self.lives.keep_orphan(id.cookie);
+                    continue;
+                }
+            };
+            if row.state == State::FinWait2 {
+                self.lives.keep_orphan(id.cookie);
+                continue;
+            }
+            match self.tracepoints.forget_orphan(id.cookie) {
+                Ok(true) => {
+                    if let Some(place) = self.scope.service_of(&id.flow) {
+                        self.ears.tally.correct(place, State::FinWait2, row.state);
+                    }
+                }
+                Ok(false) => {}
+                Err(error) => self.failed(&error),
+            }
+            let now = clock::monotonic();
+            self.lives.found(&row, now, &mut |id, said| self.ears.tell(id, said));
+        }
+    }
+
+    fn look_again(&mut self) {
+        if let Err(error) = self.begin() {
+            self.failed(&format!("{error:#}"));
+            self.begin_again = true;
+        }
+    }
+
+    /// Asks the table for the names of those who have none.
+    fn ask_for_names(&mut self) {
+        let now = clock::monotonic();
+        let (lives, ears) = (&mut self.lives, &mut self.ears);
+        let read = self.table.each(&self.handshakes, |row| lives.named(row, now, &mut |id, said| ears.tell(id, said)));
+        if let Err(error) = read {
+            self.failed(&error);
+        }
+    }
+
+    fn failed(&mut self, error: &dyn std::fmt::Display) {
+        self.ears.metrics.errors.inc();
+        if let Some(times) = self.warned.due(clock::monotonic()) {
+            tracing::warn!(%error, times, "cannot read the kernel's socket table; will look again");
+        }
+    }
+}

@@ -1,0 +1,542 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0 */
+/*
+ * Tells user space of each change of state of the TCP sockets of one network namespace, and counts them by service and
+ * state, TIME_WAIT and request sockets included.
+ *
+ * Tracepoints only, by BTF (tp_btf): no function is patched. What is not ours costs a few loads: the namespace is
+ * compared first. Nothing here is ever asked to wait; an event that the ring has no room for is counted, and the counts
+ * of sockets, which are kept here, stay right.
+ *
+ * Rebuilt from source and compared by .ci/bpf.
+ */
+#include "kernel.h"
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#define STATES 16
+#define SERVICES 1024
+
+/* What an event is about; Kind in tracepoints/event.rs. */
+enum kind {
+	CHANGED = 1,	/* a full socket: inet_sock_set_state */
+	ARMED = 2,	/* a minisocket's clock starts: TIME_WAIT, or FIN_WAIT2 without a descriptor */
+	DISARMED = 3,	/* that clock has run down, or was stopped */
+	REQUESTED = 4,	/* a SYN was answered: a request socket's clock starts */
+	UNREQUESTED = 5,	/* that clock has run down, or was stopped */
+	RESET_SENT = 6,	/* why: enum sk_rst_reason */
+};
+
+enum flag {
+	DONE = 1,	/* the peer's FIN is in */
+	ORPHAN = 2,	/* no descriptor */
+	LINGER0 = 4,	/* close(2) shall reset */
+	RESET = 8,	/* a RST came in just before */
+	CLOSING = 16,	/* within close(2), not shutdown(2) */
+	EXPIRED = 32,	/* the clock has run down */
+};
+
+struct event {
+	__u64 cookie;
+	__u64 at;	/* CLOCK_MONOTONIC, nanoseconds */
+	__u8 local[16];
+	__u8 peer[16];
+	__u16 local_port;
+	__u16 peer_port;
+	__u32 interface;
+	__u16 error;
+	__u8 kind;
+	__u8 from;
+	__u8 to;
+	__u8 flags;
+	__u8 ipv6;
+	__u8 reason;	/* enum sk_rst_reason */
+	__u32 era;	/* which counts it is in */
+	__u32 unused;
+};
+
+struct counts {
+	__s64 sockets[STATES];
+};
+
+/* Set by the loader. */
+const volatile __u64 netns = 0;
+/* Not only the services: whatever is in the namespace. */
+const volatile __u8 everything = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 * 1024 * 1024);
+} events SEC(".maps");
+
+/*
+ * Role and port of a service, to its place in `counts` (the lower 16 bits) and the era of that (the upper ones): user space
+ * begins a new era with counts of zero when it has lost track.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, SERVICES);
+	__type(key, __u32);
+	__type(value, __u32);
+} services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SERVICES);
+	__type(key, __u32);
+	__type(value, struct counts);
+} counts SEC(".maps");
+
+/* Minisockets in FIN_WAIT2, by cookie: when their clock is stopped they may already say TIME_WAIT. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, __u64);
+	__type(value, __u8);
+} orphans SEC(".maps");
+
+/* How many events the ring had no room for. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} lost SEC(".maps");
+
+/* The socket that the last RST on this CPU was for: its change of state follows at once (tcp_reset). */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} reset SEC(".maps");
+
+enum role { SERVER = 0, CLIENT = 1 };
+
+static __always_inline __u16 swapped(__be16 port)
+{
+	return __builtin_bswap16(port);
+}
+
+static __always_inline __u32 *service(enum role role, __u16 port)
+{
+	__u32 key = (__u32)role << 16 | port;
+
+	return bpf_map_lookup_elem(&services, &key);
+}
+
+struct mine {
+	struct counts *counts;
+	__u32 era;
+};
+
+/* A local port that is served decides, as in Scope::service_of. Returns 0 for what nobody asked for. */
+static __always_inline int find(struct mine *mine, __u16 local, __u16 peer)
+{
+	__u32 *found = service(SERVER, local), value, place;
+
+	mine->counts = 0;
+	mine->era = 0;
+	if (!found)
+		found = service(CLIENT, peer);
+	if (!found)
+		return everything;
+	/* Read once: user space may begin a new era at any time. */
+	value = *(volatile __u32 *)found;
+	place = value & 0xffff;
+	mine->era = value >> 16;
+	mine->counts = bpf_map_lookup_elem(&counts, &place);
+	return 1;
+}
+
+static __always_inline void add(struct mine *mine, __u8 state, __s64 n)
+{
+	if (mine->counts)
+		__sync_fetch_and_add(&mine->counts->sockets[state & (STATES - 1)], n);
+}
+
+static __always_inline struct event *event(enum kind kind, struct mine *mine, __u64 cookie)
+{
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
+	if (!e) {
+		__u32 zero = 0;
+		__u64 *n = bpf_map_lookup_elem(&lost, &zero);
+
+		if (n)
+			__sync_fetch_and_add(n, 1);
+		return 0;
+	}
+	__builtin_memset(e, 0, sizeof(*e));
+	e->kind = kind;
+	e->cookie = cookie;
+	e->era = mine->era;
+	e->at = bpf_ktime_get_ns();
+	return e;
+}
+
+/* Addresses of a full socket. */
+static __always_inline void name(struct event *e, struct tcp_sock *tp)
+{
+	struct inet_sock *inet = &tp->inet_conn.icsk_inet;
+	struct sock_common *skc = &inet->sk.__sk_common;
+
+	/* Not skc_num: that reads 0 at the end (inet_put_port). */
+	e->local_port = swapped(inet->inet_sport);
+	e->peer_port = swapped(skc->skc_dport);
+	e->interface = skc->skc_bound_dev_if;
+	if (skc->skc_family == AF_INET6) {
+		e->ipv6 = 1;
+		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
+		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
+	} else {
+		*(__be32 *)e->local = skc->skc_rcv_saddr;
+		*(__be32 *)e->peer = skc->skc_daddr;
+	}
+}
+
+/* Whether close(2) has begun: the file is being let go of (__fput), so nobody refers to it. */
+static __always_inline int closing(struct sock *sk)
+{
+	struct socket *socket = sk->sk_socket;
+	struct file *file;
+
+	if (!socket)
+		return 1;
+	file = socket->file;
+	if (!file)
+		return 1;
+	/* file_ref_t counts from FILE_REF_ONEREF, 0; what is below means that none is left. */
+	if (bpf_core_field_exists(file->f_ref))
+		return file->f_ref.refcnt.counter < 0;
+	return BPF_CORE_READ((struct file___counted *)file, f_count.counter) == 0;
+}
+
+/*
+ * The kernel runs a program on one event at a time on each CPU: what happens in an interrupt while it runs passes it by
+ * (bpf_prog->active). So there are two of each, one after the other. The first leaves a mark that it was there: the address
+ * of its arguments, which is another at each level of interruption, and the same for both. Without a mark the second does
+ * the work, and counts that it did: misses of the first that the second has not made good are losses.
+ */
+#define LEVELS 8
+
+/* A stack, as interrupts are: whatever lies above a mark was left by somebody who has come to his end. */
+struct marks {
+	__u32 depth;
+	__u64 at[LEVELS];
+};
+
+enum twice { STATE, START, CANCEL, TWICE };
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TWICE);
+	__type(key, __u32);
+	__type(value, struct marks);
+} marks SEC(".maps");
+
+/* How often the second program stepped in. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, TWICE);
+	__type(key, __u32);
+	__type(value, __u64);
+} rescued SEC(".maps");
+
+static __always_inline void mark(__u32 which, __u64 *ctx)
+{
+	volatile struct marks *m = bpf_map_lookup_elem(&marks, &which);
+	__u32 depth;
+
+	if (!m)
+		return;
+	depth = m->depth;
+	/* A mark stays behind when the second program was interrupted at its very end: once in a long while, so that it is
+	   time to forget such marks. */
+	if (depth >= LEVELS)
+		depth = 0;
+	m->at[depth] = (__u64)ctx;
+	m->depth = depth + 1;
+}
+
+static __always_inline int marked(__u32 which, __u64 *ctx)
+{
+	volatile struct marks *m = bpf_map_lookup_elem(&marks, &which);
+	__u32 depth;
+	__u64 *n;
+
+	if (!m)
+		return 1;
+	depth = m->depth;
+#pragma unroll
+	for (__u32 i = LEVELS; i > 0; i--) {
+		if (i <= depth && m->at[i - 1] == (__u64)ctx) {
+			m->depth = i - 1;
+			return 1;
+		}
+	}
+	n = bpf_map_lookup_elem(&rescued, &which);
+	if (n)
+		__sync_fetch_and_add(n, 1);
+	return 0;
+}
+
+static __always_inline int changed(__u64 *ctx)
+{
+	struct sock *sk = (void *)ctx[0];
+	int from = ctx[1], to = ctx[2];
+	struct tcp_sock *tp;
+	struct mine mine;
+	struct event *e;
+	__u64 cookie, *last, was_reset = 0;
+	__u32 zero = 0;
+
+	if (sk->__sk_common.skc_net.net->net_cookie != netns)
+		return 0;
+	/* Other protocols report their states here too. */
+	tp = bpf_skc_to_tcp_sock(sk);
+	/* close(2) after shutdown(2) says the same state again. */
+	if (!tp || from == to)
+		return 0;
+	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport)))
+		return 0;
+	/* Makes the cookie if nobody has asked for it yet: minisockets inherit it. */
+	cookie = bpf_get_socket_cookie(sk);
+	/* A listener that has a child stays one. */
+	if (from != TCP_CLOSE && !(from == TCP_LISTEN && to == TCP_SYN_RECV))
+		add(&mine, from, -1);
+	if (to != TCP_CLOSE)
+		add(&mine, to, 1);
+	last = bpf_map_lookup_elem(&reset, &zero);
+	if (last && *last == (__u64)sk) {
+		*last = 0;
+		was_reset = 1;
+	}
+	e = event(CHANGED, &mine, cookie);
+	if (!e)
+		return 0;
+	name(e, tp);
+	e->from = from;
+	e->to = to;
+	e->error = sk->sk_err;
+	if (sk->__sk_common.skc_flags & 1 << SOCK_DONE)
+		e->flags |= DONE;
+	if (sk->__sk_common.skc_flags & 1 << SOCK_DEAD)
+		e->flags |= ORPHAN;
+	if (sk->__sk_common.skc_flags & 1 << SOCK_LINGER && !sk->sk_lingertime)
+		e->flags |= LINGER0;
+	if (was_reset)
+		e->flags |= RESET;
+	if (closing(sk))
+		e->flags |= CLOSING;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int on_set_state(__u64 *ctx)
+{
+	mark(STATE, ctx);
+	return changed(ctx);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int on_set_state_again(__u64 *ctx)
+{
+	return marked(STATE, ctx) ? 0 : changed(ctx);
+}
+
+SEC("tp_btf/tcp_receive_reset")
+int on_receive_reset(__u64 *ctx)
+{
+	__u32 zero = 0;
+	__u64 *last = bpf_map_lookup_elem(&reset, &zero);
+
+	if (last)
+		*last = ctx[0];
+	return 0;
+}
+
+/* A RST went out for a socket that is not at its end: says why it ended. */
+SEC("tp_btf/tcp_send_reset")
+int on_send_reset(__u64 *ctx)
+{
+	struct sock *sk = (void *)ctx[0];
+	struct tcp_sock *tp;
+	struct mine mine;
+	struct event *e;
+
+	if (!sk || sk->__sk_common.skc_net.net->net_cookie != netns)
+		return 0;
+	/* A minisocket, or a request, sends them too. */
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return 0;
+	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport)))
+		return 0;
+	e = event(RESET_SENT, &mine, bpf_get_socket_cookie(sk));
+	if (!e)
+		return 0;
+	name(e, tp);
+	e->reason = ctx[2];
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+/*
+ * What has no full socket has a timer of its own, and the kernel tells of every timer: which of them are ours is known by
+ * their function. Its address is found out without a right to read addresses: the kernel prints a function's name for us
+ * (%ps), once for each function until both are found.
+ */
+static __u64 timewait_timer = 0, request_timer = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u8);
+} strangers SEC(".maps");
+
+static const char symbol[] = "%ps";
+
+static __always_inline int is(const char *text, const char *name, int length)
+{
+	for (int i = 0; i < length; i++)
+		if (text[i] != name[i])
+			return 0;
+	return 1;
+}
+
+static __attribute__((noinline)) int learn(__u64 function)
+{
+	char text[32] = {};
+	__u8 one = 1;
+
+	if (bpf_map_lookup_elem(&strangers, &function))
+		return 0;
+	bpf_snprintf(text, sizeof(text), symbol, &function, sizeof(function));
+	if (is(text, "tw_timer_handler", 17))
+		timewait_timer = function;
+	else if (is(text, "reqsk_timer_handler", 20))
+		request_timer = function;
+	else
+		bpf_map_update_elem(&strangers, &function, &one, BPF_ANY);
+	return 0;
+}
+
+/* Addresses of a socket that is not a full one; its timer led to it, so each load must be checked. */
+static __always_inline void name_mini(struct event *e, struct sock_common *skc, __u16 local)
+{
+	e->local_port = local;
+	e->peer_port = swapped(BPF_CORE_READ(skc, skc_dport));
+	e->interface = BPF_CORE_READ(skc, skc_bound_dev_if);
+	if (BPF_CORE_READ(skc, skc_family) == AF_INET6) {
+		e->ipv6 = 1;
+		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
+		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
+	} else {
+		*(__be32 *)e->local = BPF_CORE_READ(skc, skc_rcv_saddr);
+		*(__be32 *)e->peer = BPF_CORE_READ(skc, skc_daddr);
+	}
+}
+
+static __always_inline int on_minisocket(struct timer_list *timer, int armed)
+{
+	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
+	struct sock_common *skc = (void *)tw + bpf_core_field_offset(struct inet_timewait_sock, __tw_common);
+	struct mine mine;
+	struct event *e;
+	__u64 cookie;
+	__u16 local;
+	__u8 state, one = 1;
+
+	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+		return 0;
+	local = BPF_CORE_READ(skc, skc_num);
+	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport))))
+		return 0;
+	cookie = BPF_CORE_READ(skc, skc_cookie.counter);
+	state = BPF_CORE_READ(tw, tw_substate);
+	if (armed) {
+		if (state == TCP_FIN_WAIT2)
+			bpf_map_update_elem(&orphans, &cookie, &one, BPF_ANY);
+	} else {
+		state = bpf_map_delete_elem(&orphans, &cookie) ? TCP_TIME_WAIT : TCP_FIN_WAIT2;
+	}
+	add(&mine, state, armed ? 1 : -1);
+	e = event(armed ? ARMED : DISARMED, &mine, cookie);
+	if (!e)
+		return 0;
+	name_mini(e, skc, local);
+	e->from = e->to = state;
+	if (!armed && (__s64)(bpf_jiffies64() - BPF_CORE_READ(timer, expires)) >= 0)
+		e->flags |= EXPIRED;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+static __always_inline int on_request(struct timer_list *timer, int armed)
+{
+	struct request_sock *req = (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
+	struct sock_common *skc = (void *)req + bpf_core_field_offset(struct request_sock, __req_common);
+	struct mine mine;
+	struct event *e;
+	__u16 local;
+
+	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+		return 0;
+	local = BPF_CORE_READ(skc, skc_num);
+	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport))))
+		return 0;
+	add(&mine, TCP_SYN_RECV, armed ? 1 : -1);
+	e = event(armed ? REQUESTED : UNREQUESTED, &mine, BPF_CORE_READ(skc, skc_cookie.counter));
+	if (!e)
+		return 0;
+	name_mini(e, skc, local);
+	e->from = e->to = TCP_NEW_SYN_RECV;
+	if (!armed && (__s64)(bpf_jiffies64() - BPF_CORE_READ(timer, expires)) >= 0)
+		e->flags |= EXPIRED;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+static __always_inline int on_timer(struct timer_list *timer, int armed)
+{
+	__u64 function = (__u64)timer->function;
+
+	if (!timewait_timer || !request_timer)
+		learn(function);
+	if (function == timewait_timer)
+		return on_minisocket(timer, armed);
+	if (function == request_timer)
+		return on_request(timer, armed);
+	return 0;
+}
+
+SEC("tp_btf/timer_start")
+int on_timer_start(__u64 *ctx)
+{
+	mark(START, ctx);
+	return on_timer((void *)ctx[0], 1);
+}
+
+SEC("tp_btf/timer_start")
+int on_timer_start_again(__u64 *ctx)
+{
+	return marked(START, ctx) ? 0 : on_timer((void *)ctx[0], 1);
+}
+
+SEC("tp_btf/timer_cancel")
+int on_timer_cancel(__u64 *ctx)
+{
+	mark(CANCEL, ctx);
+	return on_timer((void *)ctx[0], 0);
+}
+
+SEC("tp_btf/timer_cancel")
+int on_timer_cancel_again(__u64 *ctx)
+{
+	return marked(CANCEL, ctx) ? 0 : on_timer((void *)ctx[0], 0);
+}
+
+char _license[] SEC("license") = "Dual MIT/GPL";

@@ -1,0 +1,351 @@
+//! The kernel's own announcements (eBPF): whole lives by them, counts that are the table's, what was there before, what is
+//! lost, and how they are refused.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+
+use aya::programs::loaded_programs;
+use echoscope::kernel::{Table, Wanted};
+use echoscope::tcp::{Role, State, StateSet};
+use serde_json::Value;
+use socket2::SockRef;
+
+use crate::confined::spawn_refusing;
+use crate::support::{Echoscope, command, lives, quiet_port, until, walk};
+
+const CLIENT: [&str; 6] = ["CLOSED", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"];
+const SERVER: [&str; 6] = ["LISTEN", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSED"];
+
+/// Whatever the kernel's table has on `port`, by role and state.
+fn by_table(port: u16) -> Vec<(Role, State, u64)> {
+    let (mut table, _) = Table::open(None).unwrap();
+    let mut counts = [[0; State::SLOTS]; 2];
+    table
+        .each(&Wanted::new(StateSet::of(&State::ALL), &[port], &[port]), |row| {
+            let role = if row.flow.local.port() == port { Role::Server } else { Role::Client };
+            counts[role as usize][row.state.shown() as usize] += 1;
+        })
+        .unwrap();
+    let pairs = Role::ALL.into_iter().flat_map(|role| State::ALL.into_iter().map(move |state| (role, state)));
+    pairs.map(|(role, state)| (role, state, counts[role as usize][state as usize])).collect()
+}
+
+/// Waits until the metrics say of `port` what the table says at the same time.
+fn until_equal(process: &Echoscope, port: u16) {
+    let mut apart = Vec::new();
+    let equal = crate::support::try_until(|| {
+        let before = by_table(port);
+        let metrics = process.metrics();
+        if by_table(port) != before {
+            return None;
+        }
+        let of = |role: Role, state: State| metrics.sockets(role.label(), port, state.label()) as u64;
+        let told = before.into_iter().map(|(role, state, n)| (role, state, n, of(role, state)));
+        apart = told.filter(|(.., table, metrics)| table != metrics).collect();
+        apart.is_empty().then_some(())
+    });
+    assert!(equal.is_some(), "the table, and the metrics: {apart:?}");
+}
+
+/// Both ends of `count` connections to `listener`.
+fn connected(listener: &TcpListener, count: usize) -> Vec<(TcpStream, TcpStream)> {
+    let address = listener.local_addr().unwrap();
+    let pair = |_| (TcpStream::connect(address).unwrap(), listener.accept().unwrap().0);
+    (0..count).map(pair).collect()
+}
+
+/// A process that only looks at what others send to `port`: where its own client goes nobody listens, and it tries once an
+/// hour.
+fn looks_at(port: u16) -> Echoscope {
+    let target = format!("127.0.0.2:{port}");
+    let looks = ["--observer", "ebpf", "client", &target, "--rate", "0.0003", "--connections", "1", "--retries", "0"];
+    let process = Echoscope::start(&looks);
+    process.line("a refusal", |l| l["message"] == "state" && l["cause"] == "refused");
+    process
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn whole_lives_by_the_kernels_word_alone() {
+    let pair =
+        Echoscope::start(&["--observer", "ebpf", "pair", "--listen", "[::]:0", "--count", "200", "--rate", "max"]);
+    let (status, _, lines) = pair.wait();
+    assert!(status.success());
+    let mut ends = [0, 0];
+    for ((role, conn), changes) in lives(&lines) {
+        if changes[0].to == "LISTEN" {
+            continue;
+        }
+        let (index, path) = if role == "client" { (0, CLIENT) } else { (1, SERVER) };
+        assert_eq!(walk(&changes), path, "{role} {conn}");
+        assert!(changes.iter().all(|change| change.evidence == "tracepoint"), "{changes:?}");
+        ends[index] += 1;
+    }
+    assert_eq!(ends, [200, 200]);
+    // Every stay has both its ends by the kernel's clock, the shortest SYN_RECV too.
+    let timeless = lines.iter().filter(|l| l["message"] == "state" && l["after_s"].is_null());
+    let timeless: BTreeSet<_> = timeless.map(|l| l["from"].as_str().unwrap()).collect();
+    assert_eq!(timeless, BTreeSet::from(["CLOSED", "LISTEN"]), "these have no beginning");
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn what_was_there_before_is_counted_once_and_followed_to_its_end() {
+    let port = quiet_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    // In as many states as there are without a fault.
+    let mut pairs = connected(&listener, 12);
+    for (client, _) in &pairs[0..3] {
+        client.shutdown(Shutdown::Write).unwrap();
+    }
+    for (client, server) in pairs.drain(9..12) {
+        drop(client);
+        drop(server);
+    }
+    for (client, _) in &pairs[6..8] {
+        // FIN_WAIT2 without a descriptor for half a minute.
+        client.shutdown(Shutdown::Write).unwrap();
+    }
+    let orphans: Vec<TcpStream> = pairs.drain(6..8).map(|(_, server)| server).collect();
+    let process = looks_at(port);
+    let of = |role, state: &str| process.metrics().sum("echoscope_tcp_sockets", &[("role", role), ("state", state)]);
+    // This process's scope is its client's; the server's ends are somebody else's.
+    let client_side = |table: &[(Role, State, u64)]| {
+        let client = table.iter().filter(|(role, ..)| *role == Role::Client);
+        client.map(|(_, state, n)| (state.label(), *n as f64)).collect::<Vec<_>>()
+    };
+    let expect = |what: &str| {
+        until(what, || {
+            let told: Vec<_> = client_side(&by_table(port)).iter().map(|(s, _)| (*s, of("client", s))).collect();
+            (told == client_side(&by_table(port))).then_some(())
+        });
+    };
+    expect("as the table has it at first");
+    assert_eq!((of("client", "time_wait"), of("client", "fin_wait2")), (3.0, 5.0));
+    // An orphan's FIN comes: FIN_WAIT2 → TIME_WAIT, of a minisocket that was there before.
+    drop(orphans);
+    expect("orphans in TIME_WAIT");
+    assert_eq!((of("client", "time_wait"), of("client", "fin_wait2")), (5.0, 3.0));
+    // New ones, and the rest goes.
+    pairs.extend(connected(&listener, 5));
+    drop(pairs);
+    expect("all closed");
+    assert_eq!(of("client", "established"), 0.0);
+    process.metrics().assert_nothing_lost();
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn counts_are_the_tables_whatever_happens() {
+    let process = Echoscope::start(&["--observer", "ebpf", "pair", "--listen", "127.0.0.1:0", "--rate", "0.001"]);
+    let address = process.server();
+    let port = address.port();
+    let mut kept: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
+    until_equal(&process, port);
+    // Some reset, some close, some half close.
+    for stream in kept.drain(..5) {
+        SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    }
+    drop(kept.drain(..5));
+    kept[0].shutdown(Shutdown::Write).unwrap();
+    until_equal(&process, port);
+    for _ in 0..500 {
+        drop(TcpStream::connect(address).unwrap());
+    }
+    until_equal(&process, port);
+    process.metrics().assert_nothing_lost();
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn after_a_loss_it_is_said_and_everything_is_right_again() {
+    let port = quiet_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let stays = connected(&listener, 10);
+    let process = looks_at(port);
+    until("ten", || (process.metrics().sockets("client", port, "established") == 10.0).then_some(()));
+    // More than the ring has room for, while nobody reads it.
+    process.signal("STOP");
+    let ends_before = stays.len();
+    let serving = std::thread::spawn(move || {
+        for stream in listener.incoming().take(40_000) {
+            drop(stream.unwrap());
+        }
+        listener
+    });
+    for _ in 0..40_000 {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let _ = stream.read(&mut [0]);
+    }
+    let listener = serving.join().unwrap();
+    drop(stays);
+    process.signal("CONT");
+    let lost = until("a loss", || {
+        let lost = process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]);
+        (lost > 0.0).then_some(lost)
+    });
+    process.line("a warning", |l| l["message"] == "kernel events were lost; every connection is looked up");
+    assert!(lost > 1000.0, "{lost}");
+    until("as the table has it", || {
+        let table = by_table(port);
+        let client = table.iter().filter(|(role, ..)| *role == Role::Client);
+        let metrics = process.metrics();
+        client.into_iter().all(|(_, s, n)| metrics.sockets("client", port, s.label()) == *n as f64).then_some(())
+    });
+    // Nobody who has gone is still alive, and who comes now is told of as ever.
+    assert_eq!(ends_before, 10);
+    until("nobody left in the ledger but who waits", || {
+        let (_, told) = crate::support::get(process.web(), "/api/connections?limit=10000");
+        let told: Vec<Value> = serde_json::from_str(&told).unwrap();
+        told.iter().all(|life| life["state"] != "ESTABLISHED" && life["state"] != "CLOSE_WAIT").then_some(())
+    });
+    let again = connected(&listener, 3);
+    until("three", || (process.metrics().sockets("client", port, "established") == 3.0).then_some(()));
+    drop(again);
+}
+
+#[test]
+#[ignore = "needs root: a network namespace of its own"]
+fn what_happens_in_another_namespace_is_not_told() {
+    let port = quiet_port();
+    let mut unshared = Command::new("unshare");
+    let inner = command();
+    unshared
+        .env_clear()
+        .args(["--net", "sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
+        .arg(inner.get_program());
+    unshared.args(["--log.format", "json", "--observer", "ebpf", "--web.listen-address", "none"]);
+    unshared.args(["pair", "--listen", &format!("127.0.0.1:{port}"), "--count", "20", "--rate", "20"]);
+    unshared.env("PATH", std::env::var_os("PATH").unwrap());
+    // The same addresses, here.
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let there = Echoscope::spawn(&mut unshared);
+    there.message("echo server listening");
+    let mut here = BTreeSet::new();
+    for _ in 0..200 {
+        for (client, _) in connected(&listener, 1) {
+            here.insert(format!("{:x}", rustix::net::sockopt::socket_cookie(client.as_fd()).unwrap()));
+        }
+    }
+    let (status, _, lines) = there.wait();
+    assert!(status.success());
+    let told = lives(&lines);
+    assert_eq!(told.keys().filter(|(role, _)| role == "client").count(), 20);
+    assert!(told.keys().all(|(_, conn)| !here.contains(conn)));
+}
+
+/// The programs of ours that are loaded, by the descriptors of `process`.
+fn programs(process: &Echoscope) -> BTreeSet<u32> {
+    let of = |entry: std::fs::DirEntry| {
+        let info = std::fs::read_to_string(entry.path()).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("prog_id:"))?.trim().parse().ok()
+    };
+    std::fs::read_dir(format!("/proc/{}/fdinfo", process.pid())).unwrap().flatten().filter_map(of).collect()
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn nothing_stays_behind_not_even_after_sigkill() {
+    for signal in ["TERM", "KILL"] {
+        let process = looks_at(quiet_port());
+        let ours = programs(&process);
+        assert_eq!(ours.len(), 8, "two each of three, and two more");
+        process.signal(signal);
+        let _ = process.wait();
+        until("every program to be gone", || {
+            let loaded: BTreeSet<u32> = loaded_programs().flatten().map(|program| program.id()).collect();
+            loaded.is_disjoint(&ours).then_some(())
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn what_only_the_loading_needed_is_given_up() {
+    let process = looks_at(quiet_port());
+    for task in std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap().flatten() {
+        let status = std::fs::read_to_string(task.path().join("status")).unwrap();
+        for set in ["CapEff", "CapPrm"] {
+            let line = status.lines().find_map(|line| line.strip_prefix(&format!("{set}:"))).unwrap();
+            let bits = u64::from_str_radix(line.trim(), 16).unwrap();
+            let (perfmon, bpf) = (38, 39);
+            assert_eq!(bits & (1 << perfmon | 1 << bpf), 0, "{set} of a thread: {bits:x}");
+        }
+    }
+}
+
+/// What a short run says of its observer, by `auto`.
+fn observer_of(process: Echoscope) -> (String, Value) {
+    let metrics = process.metrics();
+    let used = ["ebpf", "sock_diag", "procfs"]
+        .into_iter()
+        .find(|name| metrics.series("echoscope_observer_info", &[("observer", name)]).eq([1.0]))
+        .unwrap();
+    process.signal("TERM");
+    let (_, _, lines) = process.wait();
+    let said: Vec<_> =
+        lines.into_iter().filter(|l| l["message"] == "no eBPF: changes are read, not announced").collect();
+    let [line] = &said[..] else { panic!("one line, not {said:#?}") };
+    (used.to_owned(), line.clone())
+}
+
+fn auto() -> Command {
+    let mut command = command();
+    command.env("ECHOSCOPE_OBSERVER", "auto");
+    command.args(["--web.listen-address", "127.0.0.1:0", "server", "--listen", "127.0.0.1:0"]);
+    command
+}
+
+#[test]
+fn where_a_sandbox_refuses_it_one_line_says_so() {
+    let refused = spawn_refusing(auto(), libc::SYS_bpf, Vec::new());
+    let (used, line) = observer_of(refused);
+    assert_eq!((used.as_str(), &line["level"]), ("sock_diag", &"INFO".into()));
+}
+
+#[test]
+#[ignore = "needs root, and setpriv (util-linux)"]
+fn without_the_capabilities_one_line_says_so() {
+    let inner = auto();
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]).arg(inner.get_program());
+    command.args(inner.get_args()).env("ECHOSCOPE_OBSERVER", "auto");
+    let (used, line) = observer_of(Echoscope::spawn(&mut command));
+    assert_eq!(used, "sock_diag");
+    assert_eq!(line["reason"], "not permitted: it takes CAP_BPF and CAP_PERFMON");
+}
+
+#[test]
+#[ignore = "needs root, and setpriv (util-linux)"]
+fn who_asks_for_it_and_may_not_is_told() {
+    let inner = command();
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]).arg(inner.get_program());
+    command.args(["--observer", "ebpf", "server", "--listen", "127.0.0.1:0"]);
+    let output = command.stdout(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.trim(), "echoscope: observer ebpf: not permitted: it takes CAP_BPF and CAP_PERFMON");
+}
+
+#[test]
+#[ignore = "needs root, and setpriv (util-linux)"]
+fn two_capabilities_are_enough() {
+    let inner = auto();
+    let mut command = Command::new("setpriv");
+    let (both, only) = ("-all,+bpf,+perfmon", "--bounding-set=-all,+bpf,+perfmon");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", only]);
+    command.args([&format!("--inh-caps={both}"), &format!("--ambient-caps={both}")]);
+    command.arg(inner.get_program()).args(inner.get_args()).env("ECHOSCOPE_OBSERVER", "auto");
+    let process = Echoscope::spawn(&mut command);
+    let address: SocketAddr = process.server();
+    drop(TcpStream::connect(address).unwrap());
+    until("a whole life", || {
+        let metrics = process.metrics();
+        let over = [("role", "server"), ("from", "last_ack"), ("to", "close"), ("evidence", "tracepoint")];
+        (metrics.sum("echoscope_tcp_transitions_total", &over) == 1.0).then_some(())
+    });
+}
