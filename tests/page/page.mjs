@@ -62,7 +62,7 @@ try {
   } else {
     const shots = options.shots ?? mkdtempSync(join(tmpdir(), 'page-'));
     mkdirSync(shots, { recursive: true });
-    const pair = await start(binary, await port(), 'pair', '--listen', `127.0.0.1:${await port()}`, '--connections', '2');
+    const pair = await start(binary, await port(), '--observer', 'sock_diag', 'pair', '--listen', `127.0.0.1:${await port()}`, '--connections', '2');
     const watched = await open(browser, pair);
     const itsEnd = await aLifeIsWalked(watched);
     passed('a life walks the arrows, and its ladder is the textbook’s');
@@ -81,6 +81,13 @@ try {
     await filtersAndKeyboard(second);
     await second.close();
     passed('filters, keyboard, pause');
+    // Where that is permitted, the kernel tells of every step itself.
+    const told = await start(binary, await port(), 'pair', '--listen', `127.0.0.1:${await port()}`);
+    const third = await open(browser, told);
+    await aLifeIsWalked(third);
+    passed(`a life as ${await third.page.textContent('#observer')} tells of it`);
+    await third.close();
+    await told.end();
     await stillness(browser, pair);
     passed('reduced motion');
     await trouble(browser, pair, (page) => look(page, shots, 'trouble'));
