@@ -28,7 +28,7 @@ export class Diagram {
   constructor(look) {
     this.look = look;
     const heads = ['base', ...ROLES].map((kind) =>
-      s('marker', { id: `head-${kind}`, class: `head ${kind}`, viewBox: '0 0 10 10', refX: 8.5, refY: 5, markerWidth: 9, markerHeight: 9, markerUnits: 'userSpaceOnUse', orient: 'auto' }, s('path', { d: 'M0 1L9 5L0 9z' })));
+      s('marker', { id: `head-${kind}`, class: `head ${kind}`, viewBox: '0 0 10 10', refX: 8.5, refY: 5, markerWidth: kind === 'base' ? 9 : 14, markerHeight: kind === 'base' ? 9 : 14, markerUnits: 'userSpaceOnUse', orient: 'auto' }, s('path', { d: 'M0 1L9 5L0 9z' })));
     this.#svg.append(s('defs', {}, heads));
     this.arrowLayer = s('g', { class: 'arrows', 'aria-hidden': 'true' });
     this.dotLayer = s('g', { class: 'dots', 'aria-hidden': 'true' });
@@ -166,7 +166,7 @@ export class Diagram {
       const n = sums[0].n + sums[1].n;
       if (node.id === 'END') continue;
       sums.forEach(({ n: of }, i) => {
-        say(node.counts[i], `${MARKS[i]} ${short(of)}`);
+        say(node.counts[i], `${MARKS[i]} ${short(of, !this.#grid?.roomy)}`);
         node.counts[i].classList.toggle('none', of === 0);
       });
       const old = sums.filter(({ oldest }) => oldest !== null).sort((a, b) => b.oldest - a.oldest)[0];
@@ -259,8 +259,10 @@ export class Diagram {
   }
 
   #paint() {
+    // The head is to be seen.
+    const widest = Math.min(8, (this.#grid?.em ?? 16) * 0.6);
     for (const arrow of this.#arrows.values()) {
-      const widths = arrow.rates.map((rate) => (rate > 0.01 ? Math.min(12, 1.6 + 1.5 * Math.log2(1 + rate)) : 0));
+      const widths = arrow.rates.map((rate) => (rate > 0.01 ? Math.min(widest, 1.6 + 1.1 * Math.log2(1 + rate)) : 0));
       arrow.roles.forEach((path, i) => {
         mark(path, 'visibility', widths[i] ? 'visible' : 'hidden');
         if (!widths[i]) return;

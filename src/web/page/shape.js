@@ -58,7 +58,7 @@ export function grid(width, em) {
   const step = Math.max(em * 6.4, Math.min(width * 0.14, em * 7.8));
   const margin = Math.max(em * 0.4, Math.min(em * 3, (width - 3 * node) / 8));
   const columns = [margin + node / 2, width / 2, width - margin - node / 2];
-  return { width, em, node, tall, step, columns, height: step * (ROWS - 1) + tall + em * 1.2, roomy: width > em * 40 };
+  return { width, em, node, tall, step, columns, height: step * (ROWS - 1) + tall + em * 2, roomy: width > em * 40 };
 }
 
 /** Where a node is: its middle, and half of its sides, a little larger the more sockets are in it. */

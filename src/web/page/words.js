@@ -27,10 +27,10 @@ const group = new Intl.NumberFormat('en-US');
 /** 12,345 */
 export const count = (n) => group.format(n);
 
-/** 1, 999, 12.3k, 4.5M: where room is short. */
-export function short(n) {
-  if (n < 10_000) return group.format(n);
-  if (n < 999_950) return `${(n / 1e3).toFixed(n < 99_950 ? 1 : 0)}k`;
+/** 1, 9,999, 12.3k, 4.5M; where room is tight 1, 999, 9.9k, 12k, 4.5M. */
+export function short(n, tight = false) {
+  if (n < (tight ? 1000 : 10_000)) return group.format(n);
+  if (n < 999_500) return `${(n / 1e3).toFixed(n < (tight ? 9_950 : 99_950) ? 1 : 0)}k`;
   return `${(n / 1e6).toFixed(1)}M`;
 }
 
