@@ -10,8 +10,10 @@
 mod support;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde::Deserialize;
 use support::{Goal, Kept, Line, Spread, await_listener, chart, compile, get, installed, print, resident};
@@ -28,6 +30,8 @@ const EDGE: &str = "C edge-triggered";
 const ON: &str = "observed";
 const OFF: &str = "not observed";
 const SOCAT: &str = "socat";
+/// Observed, and somebody looks at the live page.
+const LIVE: &str = "looked at";
 
 /// One kind of load.
 struct Load {
@@ -160,7 +164,7 @@ fn start_servers() -> Vec<Server> {
     };
     // As one would run it on a core of its own, with metrics and state lines, which go to a file.
     let echoscope = |port: u16, lifecycles: &str| {
-        let log = format!("{}/echoscope-{lifecycles}.log", env!("CARGO_TARGET_TMPDIR"));
+        let log = format!("{}/echoscope-{port}.log", env!("CARGO_TARGET_TMPDIR"));
         let mut command = on_core(ours);
         command.env_clear().stderr(File::create(log).expect("make a log file"));
         command.args(["--log.format", "json", "--web.listen-address", &format!("127.0.0.1:{}", port + 100)]);
@@ -173,6 +177,7 @@ fn start_servers() -> Vec<Server> {
         (EDGE, 18002, on_core(&c)),
         (ON, 18003, echoscope(18003, "on")),
         (OFF, 18004, echoscope(18004, "off")),
+        (LIVE, 18006, echoscope(18006, "on")),
     ];
     all[0].2.args(["18001", "lt", "65536"]);
     // The buffer of echoscope (server/echo.rs).
@@ -187,12 +192,40 @@ fn start_servers() -> Vec<Server> {
         await_listener(port);
         Server { name, port, process }
     };
-    all.into_iter().map(start).collect()
+    let servers: Vec<Server> = all.into_iter().map(start).collect();
+    await_listener(18106);
+    std::thread::spawn(|| look_at("127.0.0.1:18106"));
+    std::thread::spawn(|| {
+        loop {
+            // As the page asks for its list and its ladder.
+            get("127.0.0.1:18106", "/api/connections?limit=50");
+            for _ in 0..2 {
+                get("127.0.0.1:18106", "/api/connections?conn=2a");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    });
+    servers
+}
+
+/// Reads the live page's events for as long as they come, as a browser does.
+fn look_at(web: &str) {
+    let mut stream = TcpStream::connect(web).expect("connect");
+    write!(stream, "GET /events HTTP/1.1\r\nHost: x\r\n\r\n").expect("ask");
+    let mut buffer = vec![0; 64 * 1024];
+    while stream.read(&mut buffer).is_ok_and(|n| n > 0) {}
 }
 
 /// All rounds of one kind of load: the results of each server by round.
 fn compare(kind: &Load, servers: &[Server], load: &str, options: &Options) -> Vec<Line> {
-    let taking_part: Vec<&Server> = servers.iter().filter(|s| s.name != SOCAT || kind.with_socat).collect();
+    let taking_part: Vec<&Server> = servers
+        .iter()
+        .filter(|s| match s.name {
+            SOCAT => kind.with_socat,
+            LIVE => kind.mode == "lives",
+            _ => true,
+        })
+        .collect();
     let mut results: Vec<Vec<Measured>> = vec![Vec::new(); taking_part.len()];
     for round in 0..options.rounds {
         for i in 0..taking_part.len() {
@@ -268,6 +301,12 @@ fn compare(kind: &Load, servers: &[Server], load: &str, options: &Options) -> Ve
             add(format!("{}: CPU, observed / not", kind.name), cost, Some(Goal::AtMost(1.15)), String::new());
             let socat = ratio(ON, SOCAT, Measured::rate);
             add(format!("{}: observed / socat", kind.name), socat, Some(Goal::AtLeast(11.0)), String::new());
+            let absolute = format!("{:.0} a second, five state changes each", typical(LIVE, Measured::rate));
+            let rate = ratio(LIVE, ON, Measured::rate);
+            add(format!("{}: rate, {LIVE} / observed", kind.name), rate, Some(Goal::AtLeast(0.97)), absolute);
+            let absolute = format!("{:.1} µs each", 1e6 * typical(LIVE, Measured::cpu_each));
+            let cost = ratio(LIVE, ON, Measured::cpu_each);
+            add(format!("{}: CPU, {LIVE} / observed", kind.name), cost, Some(Goal::AtMost(1.03)), absolute);
         }
     }
     lines

@@ -51,10 +51,26 @@ struct Here {
 
 /// All states, and both textbook paths.
 #[derive(Serialize)]
-struct Everything {
+pub struct Everything {
     states: Vec<Told>,
     client: [&'static str; 7],
     server: [&'static str; 7],
+}
+
+impl Everything {
+    /// All that is known, with the values of this moment.
+    #[must_use]
+    pub fn now() -> Everything {
+        Everything::with(&sysctl::read)
+    }
+
+    fn with(read: Read<'_>) -> Everything {
+        Everything {
+            states: FACTS.iter().map(|facts| Told::with(facts, read)).collect(),
+            client: CLIENT.map(State::name),
+            server: SERVER.map(State::name),
+        }
+    }
 }
 
 impl Told {
@@ -95,11 +111,7 @@ fn answer(state: Option<State>, format: PageFormat, colour: bool, read: Read<'_>
         (Some(state), PageFormat::Markdown) => markdown::section(facts(state)),
         (None, PageFormat::Markdown) => markdown::document(),
         (Some(state), PageFormat::Json) => json(&Told::with(facts(state), read))?,
-        (None, PageFormat::Json) => json(&Everything {
-            states: FACTS.iter().map(|facts| Told::with(facts, read)).collect(),
-            client: CLIENT.map(State::name),
-            server: SERVER.map(State::name),
-        })?,
+        (None, PageFormat::Json) => json(&Everything::with(read))?,
     })
 }
 

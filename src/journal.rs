@@ -1,5 +1,5 @@
-//! The choke point: what is observed of a connection comes in once; its log line, its counters and its ledger entry
-//! go out.
+//! The choke point: what is observed of a connection comes in once; its log line, its counters, its ledger entry
+//! and its place in the live feed go out.
 //!
 //! Must not know: sockets, or how anything was observed.
 
@@ -11,6 +11,7 @@ use arrayvec::ArrayString;
 
 use crate::kernel::clock;
 use crate::ledger::{Ledger, Reason};
+use crate::live::Live;
 use crate::log::STATES;
 use crate::metrics::Metrics;
 use crate::tcp::{Identity, Role, State, Step, Transitions};
@@ -51,13 +52,15 @@ macro_rules! lines {
 pub struct Journal {
     metrics: Arc<Metrics>,
     ledger: Ledger,
+    live: Arc<Live>,
 }
 
 impl Journal {
     /// A journal that counts into `metrics`.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Journal {
-        Journal { metrics, ledger: Ledger::default() }
+        let live = Arc::new(Live::of(&metrics));
+        Journal { metrics, ledger: Ledger::default(), live }
     }
 
     /// A connection of ours has a descriptor.
@@ -88,6 +91,7 @@ impl Journal {
             self.metrics.count(id.role, t);
         }
         self.ledger.steps(id, transitions.iter());
+        self.live.note(id, transitions);
         if tracing::enabled!(target: STATES, tracing::Level::INFO) {
             log(id, transitions);
         }
@@ -108,6 +112,12 @@ impl Journal {
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// What happens, for whoever looks.
+    #[must_use]
+    pub fn live(&self) -> &Arc<Live> {
+        &self.live
     }
 
     /// Who is alive.

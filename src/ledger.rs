@@ -4,6 +4,7 @@
 //! the facts come from.
 
 mod reason;
+mod selection;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use std::time::Duration;
 use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
 
 pub use reason::Reason;
+pub use selection::{Order, Selection};
 
 const SHARDS: usize = 16;
 
@@ -207,21 +209,6 @@ impl Ledger {
         oldest
     }
 
-    /// At most `limit` lives, the youngest first: those that go on and those that ended.
-    #[must_use]
-    pub fn recent(&self, limit: usize) -> Vec<Life> {
-        let mut lives: Vec<Life> = Vec::new();
-        for shard in &self.living {
-            lives.extend(lock(shard).values().map(|life| Life::clone(life)));
-            keep_youngest(&mut lives, limit);
-        }
-        lives.extend(lock(&self.ended).iter().cloned());
-        keep_youngest(&mut lives, limit);
-        // One that ended between the two looks is in both.
-        lives.dedup_by_key(|life| life.cookie);
-        lives
-    }
-
     /// Whether the other end of this connection is ours too, and was seen to enter `state`. Walks the ledger, the latest
     /// ends first: for rare questions.
     #[must_use]
@@ -295,11 +282,6 @@ impl Ledger {
     fn shard(&self, cookie: u64) -> MutexGuard<'_, Living> {
         lock(&self.living[cookie as usize % SHARDS])
     }
-}
-
-fn keep_youngest(lives: &mut Vec<Life>, limit: usize) {
-    lives.sort_unstable_by_key(|life| std::cmp::Reverse((life.opened, life.cookie)));
-    lives.truncate(limit);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

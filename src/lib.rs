@@ -11,13 +11,14 @@
 //!    client.rs      connect, send, verify, close; pacing; summary
 //!    lab.rs         scenarios: a real kernel shows a state or a failure on demand
 //!    watch.rs       every other service's sockets, for Prometheus, scripts and people
-//!    web.rs         metrics, health, census and lives as JSON
+//!    web.rs         metrics, health, census and lives as JSON, the live page and its events
 //! 1  conn.rs        Conn: a TCP stream that narrates its own life; all roles use it
 //!    afterlife.rs   follows a connection after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, really gone
 //!    census.rs      sockets counted by (role, port, state), one reading for any number of scrapers
 //!    survey.rs      the sockets of every listener in this namespace, whoever owns them
 //!    lives.rs       whole lives, driven by what the kernel itself announces (eBPF)
-//!    journal.rs     THE choke point: a transition in, its log line, counters and ledger entry out
+//!    journal.rs     THE choke point: a transition in, its log line, counters, ledger entry and live event out
+//!    live.rs        what happens, in batches, for whoever looks
 //!    ledger.rs      who is alive, in which state since when; the last lives that ended
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
 //!    metrics.rs     every metric, made once against its own registry
@@ -36,8 +37,9 @@
 //! ```text
 //! kernel ──TCP_INFO──▶ Conn ─────▶ Lifecycle::observe ──Transitions──▶ Journal ──▶ log line
 //!    │                   │ close(2)                                      │ ├─────▶ counters, histograms
+//!    │                   │                                               │ ├─────▶ Live ──▶ /events, ten times a second
 //!    ├──sock_diag──▶ Afterlife ──▶ Lifecycle::observe ──Transitions──────┘ └─────▶ Ledger ──▶ /api/connections
-//!    └──sock_diag──▶ Census ──────────────────────────────────────────▶ gauges at scrape time
+//!    └──sock_diag──▶ Census ──────────────────────────────────────────▶ gauges at scrape time, /events once a second
 //! ```
 //! Where the kernel announces each change (eBPF), it comes by one way instead:
 //! ```text
@@ -63,6 +65,7 @@ pub mod kernel;
 pub mod lab;
 pub mod ledger;
 pub mod listener;
+pub mod live;
 mod lives;
 pub mod log;
 pub mod metrics;

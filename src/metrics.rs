@@ -2,6 +2,7 @@
 //!
 //! Must not know: how any number is found.
 
+mod live;
 mod maker;
 mod survey;
 mod table;
@@ -17,11 +18,13 @@ use crate::kernel::{Observer, WhyNot};
 use crate::ledger::Reason;
 use crate::scope::Scope;
 use crate::tcp::{Role, State, Transition};
+pub use live::LiveMetrics;
 use maker::{Maker, opts};
 pub use survey::{ServiceRow, SurveyMetrics, TOLD};
 use table::ObserverFamilies;
 pub use table::{ObserverMetrics, TableGauges};
 use transitions::Transitions;
+pub use transitions::Walk;
 
 /// The value of `Content-Type` for [`Metrics::render`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -102,6 +105,10 @@ pub struct Metrics {
     pub drain_duration: Gauge,
     /// Connections reset at `--drain-timeout`.
     pub drain_aborted: IntCounter,
+    /// Who looks at the live page.
+    pub live: LiveMetrics,
+    /// Lost log lines, and times that events of the kernel were.
+    losses: [IntCounter; 2],
     outcomes: IntCounterVec,
     accept_errors: IntCounterVec,
     observers: ObserverFamilies,
@@ -209,6 +216,8 @@ impl Metrics {
             drain_duration: make.float_gauge("drain_duration_seconds", "How long the drain took, or takes so far."),
             drain_aborted: make
                 .counter("drain_aborted_total", "Connections reset because they were open at --drain-timeout."),
+            live: LiveMetrics::new(&make),
+            losses: [log_lost.clone(), observers.of(observer, "follow").lost_events],
             outcomes: make.counters(
                 "outcomes_total",
                 "How the client's turns ended, by target; ok: every echo came back and the close was as asked.",
@@ -263,6 +272,19 @@ impl Metrics {
         if let Some(after) = t.after {
             self.role(role).stay[t.from as usize - 1].observe(after.as_secs_f64());
         }
+    }
+
+    /// How often each way was walked so far, those that never were left out.
+    #[must_use]
+    pub fn walked(&self) -> Vec<(Walk, u64)> {
+        self.transitions.walked()
+    }
+
+    /// What was lost so far, by what it is.
+    #[must_use]
+    pub fn lost(&self) -> Vec<(&'static str, u64)> {
+        let [log_lines, events] = &self.losses;
+        vec![("events", events.get()), ("log_lines", log_lines.get()), ("not_followed", self.follow_dropped.get())]
     }
 
     /// How often each state was entered, from the transition counters.

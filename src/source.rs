@@ -1,10 +1,12 @@
 //! What a web side tells of, whatever it is that is looked at. Must not know: HTTP, or who asks.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use prometheus::IntCounter;
 use serde::Serialize;
 
+use crate::live::Live;
 use crate::metrics::ACCEPT_ERRORS;
 
 /// An answer that takes a moment.
@@ -32,6 +34,12 @@ pub trait Source: Send + Sync + 'static {
 
     /// `/api/connections` as JSON, with the query.
     fn connections<'a>(&'a self, query: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>>;
+
+    /// What happens, for the live page.
+    fn live(&self) -> &Arc<Live>;
+
+    /// What was lost so far, by what it is.
+    fn lost(&self) -> Vec<(&'static str, u64)>;
 
     /// Where errors of accept(2) of the web side are counted.
     fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()];

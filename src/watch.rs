@@ -17,6 +17,7 @@ pub use check::{Finding, Severity, Thresholds};
 
 use crate::kernel::TableError;
 use crate::kernel::owners::{self, Owners};
+use crate::live::Live;
 use crate::metrics::{ACCEPT_ERRORS, ServiceRow, SurveyMetrics};
 use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
 use crate::survey::{Listeners, Reading, Sight, Socket, Survey};
@@ -40,6 +41,7 @@ pub struct Watch {
     metrics: Arc<SurveyMetrics>,
     thresholds: Thresholds,
     owners: Mutex<Known>,
+    live: Arc<Live>,
 }
 
 /// One reading, who listens, and what looks wrong in it.
@@ -87,7 +89,8 @@ impl Watch {
     /// Tells what `survey` sees.
     #[must_use]
     pub fn new(survey: Survey, metrics: Arc<SurveyMetrics>, thresholds: Thresholds) -> Watch {
-        Watch { survey, metrics, thresholds, owners: Mutex::default() }
+        let live = Arc::new(Live::without_lives(metrics.live.clone()));
+        Watch { survey, metrics, thresholds, owners: Mutex::default(), live }
     }
 
     /// Looks at the table, and at what is wrong in it.
@@ -203,6 +206,14 @@ impl Source for Watch {
     fn connections<'a>(&'a self, _: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
         // It makes none, and follows nobody's life.
         Box::pin(async { Ok(b"[]".to_vec()) })
+    }
+
+    fn live(&self) -> &Arc<Live> {
+        &self.live
+    }
+
+    fn lost(&self) -> Vec<(&'static str, u64)> {
+        self.metrics.lost()
     }
 
     fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()] {

@@ -1,12 +1,14 @@
-//! The web side: metrics, health, the census and recent lives as JSON, over HTTP/1.1.
+//! The web side: metrics, health, the census and lives as JSON, the live page and its events, over HTTP/1.1.
 //!
 //! Must not know: the roles. Its own connections are not narrated and never hold up a drain.
 
 mod api;
+mod events;
 mod own;
 mod page;
 mod peers;
 pub mod probe;
+mod routes;
 
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener as StdListener};
@@ -14,23 +16,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::IntGauge;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::TaskTracker;
 
 use crate::listener::{AcceptFaults, ListenConfig, accept, listen};
-use crate::metrics;
 use crate::shutdown::Stop;
-use crate::source::{NoAnswer, Source};
+use crate::source::Source;
+use events::Events;
 pub use own::Own;
 use peers::{Peer, Peers};
+use routes::{Sources, answer};
 
 /// A request's headers must be there within this time, also on a connection kept alive: longer than the usual scrape
 /// interval of 15 s, so that a scraper keeps its connection, and short enough that a slow one cannot hold it.
@@ -38,6 +37,10 @@ const HEADERS: Duration = Duration::from_secs(20);
 
 /// At the end, answers under way may take so long.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// No more than this waits in the kernel for a peer that does not read: a viewer who is slow skips, rather than see what
+/// was long ago.
+const UNSENT: u32 = 64 * 1024;
 
 /// Whether this process takes work: one truth for the probe and for `echoscope_ready`.
 #[derive(Clone)]
@@ -94,9 +97,11 @@ pub async fn run(bound: Bound, source: Arc<dyn Source>, readiness: Readiness, st
     let listener = TcpListener::from_std(bound.listener).context("watch the web listener")?;
     tracing::info!(address = %bound.address, "web side listening");
     let faults = AcceptFaults::new("web", source.accept_errors());
-    let sources = Arc::new(Sources { source, readiness });
+    let events = Arc::new(Events::new(Arc::clone(&source), readiness.clone(), stop.clone()));
+    let sources = Arc::new(Sources { source, readiness, events: Arc::clone(&events) });
     let peers = Arc::new(Peers::default());
     let tasks = TaskTracker::new();
+    tasks.spawn(async move { events.feed().await });
     loop {
         let stream = tokio::select! {
             biased;
@@ -115,20 +120,16 @@ pub async fn run(bound: Bound, source: Arc<dyn Source>, readiness: Readiness, st
     Ok(())
 }
 
-/// What an answer is made of.
-struct Sources {
-    source: Arc<dyn Source>,
-    readiness: Readiness,
-}
-
 /// One connection: any number of requests, each in time.
 async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>, peer: Arc<Peer>, stop: Stop) {
+    // Without it: more memory of the kernel, and the same answers.
+    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
     let asking = Arc::clone(&peer);
     let service = service_fn(move |request| {
         let (sources, peer) = (Arc::clone(&sources), Arc::clone(&asking));
         async move {
-            peer.asked();
-            Ok::<_, Infallible>(answer(&request, &sources).await)
+            peer.stirs();
+            Ok::<_, Infallible>(answer(&request, &sources, &peer).await)
         }
     });
     let serving = hyper::server::conn::http1::Builder::new()
@@ -150,72 +151,4 @@ async fn connection(stream: TcpStream, sources: Arc<Sources>, peers: Arc<Peers>,
     if let Err(error) = served {
         tracing::debug!(%error, "web connection");
     }
-}
-
-async fn answer(request: &Request<Incoming>, sources: &Sources) -> Response<Full<Bytes>> {
-    let route = match request.uri().path() {
-        "/" => Route::Page,
-        "/metrics" => Route::Metrics,
-        "/healthz" | "/-/healthy" => Route::Healthy,
-        "/readyz" | "/-/ready" => Route::Ready,
-        "/api/sockets" => Route::Sockets,
-        "/api/connections" => Route::Connections,
-        _ => return text(StatusCode::NOT_FOUND, "not found\n"),
-    };
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return response;
-    }
-    match route {
-        Route::Page => with_type("text/html; charset=utf-8", page::landing(sources.readiness.get())),
-        Route::Metrics => match sources.source.metrics().await {
-            Ok(page) => with_type(metrics::CONTENT_TYPE, page),
-            Err(no) => refusal(no),
-        },
-        Route::Healthy => text(StatusCode::OK, "healthy\n"),
-        Route::Ready if sources.readiness.get() => text(StatusCode::OK, "ready\n"),
-        Route::Ready => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
-        Route::Sockets => match sources.source.sockets(request.uri().query()).await {
-            Ok(told) => with_type("application/json", told),
-            Err(no) => refusal(no),
-        },
-        Route::Connections => match sources.source.connections(request.uri().query()).await {
-            Ok(told) => with_type("application/json", told),
-            Err(no) => refusal(no),
-        },
-    }
-}
-
-fn refusal(no: NoAnswer) -> Response<Full<Bytes>> {
-    match no {
-        NoAnswer::Question(how) => text(StatusCode::BAD_REQUEST, how),
-        NoAnswer::Unavailable(what) => text(StatusCode::SERVICE_UNAVAILABLE, what),
-    }
-}
-
-enum Route {
-    Page,
-    Metrics,
-    Healthy,
-    Ready,
-    Sockets,
-    Connections,
-}
-
-fn with_type(content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
-    headers
-        .insert("content-security-policy", HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'"));
-    response
-}
-
-fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
-    let mut response = with_type("text/plain; charset=utf-8", body);
-    *response.status_mut() = status;
-    response
 }

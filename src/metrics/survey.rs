@@ -8,7 +8,7 @@ use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 
 use super::maker::Maker;
 use super::table::ObserverFamilies;
-use super::{ACCEPT_ERRORS, ObserverMetrics, STAY, TableGauges, encode};
+use super::{ACCEPT_ERRORS, LiveMetrics, ObserverMetrics, STAY, TableGauges, encode};
 use crate::kernel::{Observer, WhyNot};
 use crate::tcp::{Cause, Role, State, Transition};
 
@@ -37,6 +37,9 @@ pub struct SurveyMetrics {
     pub ready: IntGauge,
     observer: ObserverMetrics,
     unavailable: IntGaugeVec,
+    /// Who looks at the live page.
+    pub live: LiveMetrics,
+    log_lost: IntCounter,
     /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
     scrape: Mutex<BTreeSet<(&'static str, String)>>,
 }
@@ -108,6 +111,8 @@ impl SurveyMetrics {
             ready,
             observer,
             unavailable,
+            live: LiveMetrics::new(&make),
+            log_lost: log_lost.clone(),
             scrape: Mutex::default(),
             registry,
         }
@@ -154,6 +159,13 @@ impl SurveyMetrics {
     #[must_use]
     pub fn observer(&self) -> &ObserverMetrics {
         &self.observer
+    }
+
+    /// What was lost so far, by what it is.
+    #[must_use]
+    pub fn lost(&self) -> Vec<(&'static str, u64)> {
+        let events = self.observer.lost_events.get();
+        vec![("events", events), ("log_lines", self.log_lost.get()), ("missed", self.missed.get())]
     }
 
     /// The page for `/metrics`: these services, what `fill` puts into the table's gauges, and everything else. A service that

@@ -8,6 +8,19 @@ use crate::kernel::Observer;
 use crate::scope::Scope;
 use crate::tcp::{ARROWS, Evidence, Role, State, Transition};
 
+/// A way from one state to another as one role walks it, and who saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Walk {
+    /// Whose.
+    pub role: Role,
+    /// The state that was left.
+    pub from: State,
+    /// The state that was entered.
+    pub to: State,
+    /// Who saw that.
+    pub evidence: Evidence,
+}
+
 /// Transition counters, resolved at first use and then found by index.
 pub(super) struct Transitions {
     family: IntCounterVec,
@@ -44,6 +57,19 @@ impl Transitions {
     fn index(role: Role, from: State, to: State, evidence: Evidence) -> usize {
         let pair = (role as usize * State::SLOTS + from as usize) * State::SLOTS + to as usize;
         pair * Evidence::ALL.len() + evidence as usize
+    }
+
+    /// Each walk that was ever counted, and how often.
+    pub(super) fn walked(&self) -> Vec<(Walk, u64)> {
+        let counted = |(i, child): (usize, &OnceLock<IntCounter>)| {
+            let count = child.get()?.get();
+            let (pair, evidence) = (i / Evidence::ALL.len(), Evidence::ALL[i % Evidence::ALL.len()]);
+            let (role, from) = (pair / State::SLOTS / State::SLOTS, pair / State::SLOTS % State::SLOTS);
+            let state = |n: usize| State::from_kernel(n as u8);
+            let walk = Walk { role: Role::ALL[role], from: state(from)?, to: state(pair % State::SLOTS)?, evidence };
+            (count > 0).then_some((walk, count))
+        };
+        self.children.iter().enumerate().filter_map(counted).collect()
     }
 
     pub(super) fn entered(&self, role: Role, to: State) -> u64 {

@@ -8,19 +8,65 @@ use serde::Serialize;
 use crate::census::Reading;
 use crate::journal::Journal;
 use crate::kernel::clock;
-use crate::ledger::{KEPT, Life, Reason};
-use crate::tcp::{Cause, State, Step};
+use crate::ledger::{KEPT, Life, Order, Reason, Selection};
+use crate::tcp::{Cause, Role, State, Step};
 
 const DEFAULT_LIMIT: usize = 100;
 
-/// The `limit` of a query: how many lives to tell of.
-pub(super) fn limit(query: Option<&str>) -> Result<usize, &'static str> {
-    let mut limit = DEFAULT_LIMIT;
-    for pair in query.unwrap_or("").split('&').filter(|pair| !pair.is_empty()) {
-        let value = pair.strip_prefix("limit=").ok_or("unknown parameter; known: limit\n")?;
-        limit = value.parse().ok().filter(|n| (1..=10 * KEPT).contains(n)).ok_or("limit must be from 1 to 10000\n")?;
+/// What is asked of `/api/connections`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Question {
+    /// So many of those selected.
+    Some(Selection, usize),
+    /// Both ends of one, by its cookie.
+    BothEnds(u64),
+}
+
+const KNOWN: &str = "unknown parameter; known: limit, role, state, outcome, order; or conn alone\n";
+
+/// The query of `/api/connections`.
+pub(super) fn question(query: Option<&str>) -> Result<Question, &'static str> {
+    let (mut selection, mut limit) = (Selection::default(), DEFAULT_LIMIT);
+    let pairs: Vec<&str> = query.unwrap_or("").split('&').filter(|pair| !pair.is_empty()).collect();
+    for pair in &pairs {
+        let (name, value) = pair.split_once('=').ok_or(KNOWN)?;
+        match name {
+            "limit" => {
+                limit = value
+                    .parse()
+                    .ok()
+                    .filter(|n| (1..=10 * KEPT).contains(n))
+                    .ok_or("limit must be from 1 to 10000\n")?;
+            }
+            "role" => {
+                let role = Role::ALL.into_iter().find(|role| role.label() == value);
+                selection.role = Some(role.ok_or("role must be server or client\n")?);
+            }
+            "state" => selection.state = Some(State::named(value).ok_or("no such state\n")?),
+            "outcome" => {
+                let reason = Reason::ALL.into_iter().find(|reason| reason.label() == value);
+                selection.outcome = Some(match reason {
+                    None if value == "open" => None,
+                    reason => Some(
+                        reason.ok_or("outcome must be open or a reason as in echoscope_connections_closed_total\n")?,
+                    ),
+                });
+            }
+            "order" => {
+                selection.order = match value {
+                    "youngest" => Order::Youngest,
+                    "longest" => Order::Longest,
+                    _ => return Err("order must be youngest or longest\n"),
+                }
+            }
+            "conn" if pairs.len() == 1 => {
+                let cookie = u64::from_str_radix(value, 16).map_err(|_| "conn must be as in the log: hexadecimal\n")?;
+                return Ok(Question::BothEnds(cookie));
+            }
+            _ => return Err(KNOWN),
+        }
     }
-    Ok(limit)
+    Ok(Question::Some(selection, limit))
 }
 
 /// The census.
@@ -90,6 +136,8 @@ pub(super) struct Connection {
     port: u16,
     local: String,
     peer: String,
+    /// The state in which it was first known.
+    began: &'static str,
     state: &'static str,
     /// Unix time.
     opened: f64,
@@ -114,8 +162,8 @@ struct TakenStep {
     via: Option<&'static str>,
 }
 
-/// The youngest `limit` lives, going on or ended.
-pub(super) fn connections(journal: &Journal, limit: usize) -> Vec<Connection> {
+/// Lives, going on or ended, as they were asked for; of one that is not known, nothing.
+pub(super) fn connections(journal: &Journal, question: &Question) -> Vec<Connection> {
     let offset = clock::unix().saturating_sub(clock::monotonic());
     let unix = |at: Duration| (offset + at).as_secs_f64();
     let tell = |life: &Life| {
@@ -126,6 +174,7 @@ pub(super) fn connections(journal: &Journal, limit: usize) -> Vec<Connection> {
             port: life.port,
             local: flow.local.to_string(),
             peer: flow.peer.to_string(),
+            began: life.began().name(),
             state: life.state.name(),
             opened: unix(life.opened),
             since: unix(life.since),
@@ -147,7 +196,14 @@ pub(super) fn connections(journal: &Journal, limit: usize) -> Vec<Connection> {
                 .collect(),
         }
     };
-    journal.ledger().recent(limit).iter().map(tell).collect()
+    let lives = match question {
+        Question::Some(selection, limit) => journal.ledger().select(*selection, *limit, clock::monotonic()),
+        Question::BothEnds(cookie) => match journal.ledger().both_ends(*cookie) {
+            Some((this, other)) => std::iter::once(this).chain(other).collect(),
+            None => Vec::new(),
+        },
+    };
+    lives.iter().map(tell).collect()
 }
 
 #[cfg(test)]
@@ -155,11 +211,48 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits() {
-        assert_eq!(limit(None), Ok(DEFAULT_LIMIT));
-        assert_eq!(limit(Some("limit=7")), Ok(7));
-        for wrong in ["limit=0", "limit=", "limit=x", "limit=99999999999", "role=server", "=", "limit=1&x=2"] {
-            assert!(limit(Some(wrong)).is_err(), "{wrong}");
+    fn questions() {
+        let all = Selection::default();
+        let longest =
+            Selection { role: Some(Role::Client), state: Some(State::TimeWait), order: Order::Longest, ..all };
+        for (query, asked) in [
+            ("", Question::Some(all, DEFAULT_LIMIT)),
+            ("limit=7", Question::Some(all, 7)),
+            ("role=client&state=time-wait&order=longest", Question::Some(longest, DEFAULT_LIMIT)),
+            ("outcome=open&", Question::Some(Selection { outcome: Some(None), ..all }, DEFAULT_LIMIT)),
+            (
+                "outcome=drain_aborted",
+                Question::Some(Selection { outcome: Some(Some(Reason::DrainAborted)), ..all }, 100),
+            ),
+            ("conn=2a1", Question::BothEnds(0x2a1)),
+        ] {
+            assert_eq!(question(Some(query)), Ok(asked), "{query}");
+        }
+        for wrong in [
+            "limit=0",
+            "limit=",
+            "limit=x",
+            "limit=99999999999",
+            "limit",
+            "role=",
+            "role=peer",
+            "role=Server",
+            "state=",
+            "state=7",
+            "outcome=",
+            "outcome=fine",
+            "order=oldest",
+            "=",
+            "limit=1&x=2",
+            "conn=",
+            "conn=xyz",
+            "conn=-1",
+            "conn=1&limit=2",
+            "limit=2&conn=1",
+            "conn=11111111111111111",
+            "%72ole=client",
+        ] {
+            assert!(question(Some(wrong)).is_err(), "{wrong}");
         }
     }
 }

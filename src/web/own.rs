@@ -7,6 +7,7 @@ use prometheus::IntCounter;
 use super::api;
 use crate::census::Census;
 use crate::journal::Journal;
+use crate::live::Live;
 use crate::metrics::ACCEPT_ERRORS;
 use crate::source::{Answer, NoAnswer, Source, UNREADABLE, json, page};
 
@@ -42,11 +43,19 @@ impl Source for Own {
 
     fn connections<'a>(&'a self, query: Option<&'a str>) -> Answer<'a, Result<Vec<u8>, NoAnswer>> {
         Box::pin(async move {
-            let limit = api::limit(query).map_err(NoAnswer::Question)?;
+            let question = api::question(query).map_err(NoAnswer::Question)?;
             let journal = Arc::clone(&self.journal);
-            let told = tokio::task::spawn_blocking(move || json(&api::connections(&journal, limit)));
+            let told = tokio::task::spawn_blocking(move || json(&api::connections(&journal, &question)));
             told.await.map_err(|_| SHUTTING_DOWN)?
         })
+    }
+
+    fn live(&self) -> &Arc<Live> {
+        self.journal.live()
+    }
+
+    fn lost(&self) -> Vec<(&'static str, u64)> {
+        self.journal.metrics().lost()
     }
 
     fn accept_errors(&self) -> [IntCounter; ACCEPT_ERRORS.len()] {

@@ -71,27 +71,29 @@ impl Peers {
     }
 }
 
-/// Whether a connection's peer asks, and takes its answers.
+/// Whether a connection's peer asks, and takes its answers, streams included.
 pub(super) struct Peer {
-    requests: AtomicU64,
-    /// When the last request came, before the first one when it connected; nanoseconds of the monotonic clock.
+    /// How often it asked for something, or took what a stream told it.
+    stirred: AtomicU64,
+    /// When it last did, before the first time when it connected; nanoseconds of the monotonic clock.
     since: AtomicU64,
     shown_out: Notify,
 }
 
 impl Peer {
     fn new(now: Duration) -> Peer {
-        Peer { requests: AtomicU64::new(0), since: AtomicU64::new(nanos(now)), shown_out: Notify::new() }
+        Peer { stirred: AtomicU64::new(0), since: AtomicU64::new(nanos(now)), shown_out: Notify::new() }
     }
 
-    pub(super) fn asked(&self) {
+    /// It asks for something, or has taken what a stream told it.
+    pub(super) fn stirs(&self) {
         self.since.store(nanos(clock::monotonic()), Ordering::Relaxed);
-        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.stirred.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Who comes first here goes first.
     fn rank(&self) -> (bool, Duration) {
-        let has_asked = self.requests.load(Ordering::Relaxed) > 0;
+        let has_asked = self.stirred.load(Ordering::Relaxed) > 0;
         (has_asked, Duration::from_nanos(self.since.load(Ordering::Relaxed)))
     }
 
@@ -105,13 +107,13 @@ impl Peer {
     /// that seldom, so that it may take twice as long.
     pub(super) async fn overdue(&self, pause: Duration) {
         tokio::time::sleep(FIRST).await;
-        let mut seen = self.requests.load(Ordering::Relaxed);
+        let mut seen = self.stirred.load(Ordering::Relaxed);
         if seen == 0 {
             return;
         }
         loop {
             tokio::time::sleep(pause + ANSWER).await;
-            let now = self.requests.load(Ordering::Relaxed);
+            let now = self.stirred.load(Ordering::Relaxed);
             if now == seen {
                 return;
             }
@@ -132,7 +134,7 @@ mod tests {
     async fn who_never_asked_goes_first_and_nobody_before_he_had_the_time_to_ask() {
         let peers = Peers::default();
         let first = peers.try_enter().unwrap();
-        first.asked();
+        first.stirs();
         let rest: Vec<_> = (1..CONNECTIONS).map(|_| peers.try_enter().unwrap()).collect();
         let wait = peers.try_enter().err().unwrap();
         assert!(wait <= TIME_TO_ASK, "{wait:?}");

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("journal", 1),
     ("ledger", 1),
     ("listener", 1),
+    ("live", 1),
     ("metrics", 1),
     ("scope", 1),
     ("progress", 1),

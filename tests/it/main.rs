@@ -14,6 +14,7 @@ mod lab;
 mod lab_events;
 mod losses;
 mod modes;
+mod page;
 mod pair;
 mod support;
 mod trace;

@@ -132,12 +132,27 @@ fn every_route_answers_with_its_status_and_type() {
         ("/api/connections", 200, json),
         ("/api/connections?limit=1", 200, json),
         ("/api/connections?limit=10000", 200, json),
+        ("/api/connections?role=server&state=time-wait&outcome=open&order=longest", 200, json),
+        ("/api/connections?conn=2a", 200, json),
+        ("/api/states", 200, json),
+        ("/page/page.css", 200, "text/css; charset=utf-8"),
+        ("/page/app.js", 200, "text/javascript; charset=utf-8"),
+        ("/page/icon.svg", 200, "image/svg+xml"),
         ("/api/connections?limit=0", 400, text),
         ("/api/connections?limit=10001", 400, text),
         ("/api/connections?limit=-1", 400, text),
         ("/api/connections?limit=", 400, text),
         ("/api/connections?limit=99999999999999999999", 400, text),
-        ("/api/connections?role=server", 400, text),
+        ("/api/connections?role=peer", 400, text),
+        ("/api/connections?state=open", 400, text),
+        ("/api/connections?outcome=fine", 400, text),
+        ("/api/connections?order=oldest", 400, text),
+        ("/api/connections?peer=127.0.0.1", 400, text),
+        ("/api/connections?conn=2a&limit=1", 400, text),
+        ("/events?before=1", 400, text),
+        ("/page/", 404, text),
+        ("/page/nothing.js", 404, text),
+        ("/page/../api/sockets", 404, text),
         ("/metrics/", 404, text),
         ("/favicon.ico", 404, text),
         ("/../etc/passwd", 404, text),
@@ -148,6 +163,9 @@ fn every_route_answers_with_its_status_and_type() {
         assert_eq!((got.status, got.headers["content-type"].as_str()), (status, kind), "{path}");
         assert_eq!(got.headers["cache-control"], "no-store", "{path}");
         assert_eq!(got.headers["x-content-type-options"], "nosniff", "{path}");
+        let policy = &got.headers["content-security-policy"];
+        assert!(policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self';"), "{path}: {policy}");
+        assert!(!policy.contains("unsafe") && !policy.contains('*'), "{path}: {policy}");
         assert!(!got.body.is_empty(), "{path}");
         let head = web.ask("HEAD", path);
         assert_eq!((head.status, head.headers["content-type"].as_str()), (status, kind), "HEAD {path}");
