@@ -90,7 +90,8 @@ struct Lines {
 
 impl<S: Subscriber> Layer<S> for Lines {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        format::with_line(self.format, event, |line| self.queue.push(line));
+        let is_warning = *event.metadata().level() <= Level::WARN;
+        format::with_line(self.format, event, |line| self.queue.push(line, is_warning));
     }
 }
 

@@ -13,6 +13,10 @@ use super::format::{self, Format};
 /// What may wait: about 50,000 state lines.
 const CAPACITY: usize = 8 * 1024 * 1024;
 
+/// What is kept for warnings beyond that: a flood of lines must not keep out that something is wrong, of which the flood
+/// itself may be the cause.
+const RESERVE: usize = 256 * 1024;
+
 /// Lines that come within this time share one write and one wake-up: a wake-up per line costs the connection more
 /// than the line does.
 const GATHER: Duration = Duration::from_millis(5);
@@ -48,10 +52,11 @@ impl Queue {
         Ok(queue)
     }
 
-    /// Adds a line, or counts it as lost. Never waits for the output.
-    pub(super) fn push(&self, line: &[u8]) {
+    /// Adds a line, or counts it as lost; a warning finds room when others do not. Never waits for the output.
+    pub(super) fn push(&self, line: &[u8], is_warning: bool) {
+        let room = if is_warning { CAPACITY + RESERVE } else { CAPACITY };
         let mut state = self.lock();
-        if state.lines.len() + line.len() > CAPACITY || state.stopped {
+        if state.lines.len() + line.len() > room || state.stopped {
             drop(state);
             self.lost.inc();
             return;
@@ -185,9 +190,12 @@ mod tests {
         let line = [b"x".repeat(1023), b"\n".to_vec()].concat();
         let sent = 3 * CAPACITY / line.len();
         for _ in 0..sent {
-            queue.push(&line);
+            queue.push(&line, false);
         }
         assert!(lost.get() > 0, "the queue is bounded");
+        let before = lost.get();
+        queue.push(b"a warning\n", true);
+        assert_eq!(lost.get(), before, "a warning has room of its own");
         drop(allow);
         queue.finish();
         let written = written.lock().unwrap();
@@ -195,6 +203,7 @@ mod tests {
         assert_eq!(lines as u64 + lost.get(), sent as u64);
         let text = String::from_utf8_lossy(&written);
         assert!(text.contains("log lines lost"), "the loss is told");
+        assert!(text.contains("a warning"));
     }
 
     #[test]
@@ -210,8 +219,8 @@ mod tests {
         }
         let lost = log_lost_counter();
         let queue = Queue::start(Broken, lost.clone(), Format::Json).unwrap();
-        queue.push(b"one\n");
-        queue.push(b"two\n");
+        queue.push(b"one\n", false);
+        queue.push(b"two\n", false);
         queue.finish();
         assert_eq!(lost.get(), 2);
     }

@@ -697,7 +697,8 @@ fn all_stream(server: &Echoscope, count: u64) {
 
 /// Connections that are served, and those that wait to be.
 fn present(metrics: &Metrics) -> f64 {
-    metrics.sum("echoscope_connections_open", &[("role", "server")]) + metrics.sum("echoscope_accept_queue_length", &[])
+    let state = |state| metrics.sum("echoscope_tcp_sockets", &[("role", "server"), ("state", state)]);
+    state("established") + state("close_wait")
 }
 
 /// Peers that nobody accepts, for the house is full, with bytes that the kernel has taken in for it.
