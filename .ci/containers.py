@@ -5,6 +5,7 @@ Grafana is left out: what it would ask Prometheus, this asks.
 
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import urllib.request
 PROJECT = f"echoscope-ci-{os.getpid()}"
 IMAGE = f"echoscope:ci-{os.getpid()}"
 # Beside whatever stack runs on this machine, and below the ports that connect(2) chooses from.
-PORTS = {"ECHO_PORT": "27007", "SERVER_WEB_PORT": "29907", "CLIENT_WEB_PORT": "29908", "WATCH_WEB_PORT": "29917", "PROMETHEUS_PORT": "29090", "GRAFANA_PORT": "23000"}
+PORTS = {"ECHO_PORT": "27007", "SERVER_WEB_PORT": "29907", "CLIENT_WEB_PORT": "29908", "WATCH_WEB_PORT": "29917", "EBPF_WEB_PORT": "29927", "PROMETHEUS_PORT": "29090", "GRAFANA_PORT": "23000"}
 ENV = os.environ | PORTS | {"ECHOSCOPE_IMAGE": IMAGE, "COMPOSE_PROJECT_NAME": PROJECT}
 PROMETHEUS = f"http://127.0.0.1:{PORTS['PROMETHEUS_PORT']}"
 COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
@@ -42,6 +43,8 @@ TROUBLE = {
         ("flaky:9907", ["Success", "Alerts firing"]),
     ),
 }
+# Every profile.
+PROFILES = [*TROUBLE, "ebpf"]
 # What else these must lead to, and nothing besides: without ports an echo fails too.
 ALSO = {("EchoscopeEchoFailing", "churn:9907")}
 RESOLVED_WITHIN = 300
@@ -67,7 +70,7 @@ def compose(*arguments, profiles=(), check=True):
 
 
 def inspect(service):
-    container = compose("ps", "-q", service, profiles=TROUBLE).strip()
+    container = compose("ps", "-q", service, profiles=PROFILES).strip()
     return json.loads(run("docker", "inspect", container))[0]
 
 
@@ -150,7 +153,7 @@ def start():
         fail(f"all healthy and scraped only after {took:.1f} s")
 
 
-def hardened(service):
+def hardened(service, **allowed):
     about = inspect(service)
     root = pathlib.Path("/proc") / str(about["State"]["Pid"])
     status = dict(line.split(":\t", 1) for line in (root / "status").read_text().splitlines() if ":\t" in line)
@@ -162,7 +165,7 @@ def hardened(service):
         "CapBnd": "0000000000000000",
         "NoNewPrivs": "1",
         "Seccomp": "2",
-    }
+    } | allowed
     found = {key: status[key] for key in expected}
     if found != expected:
         fail(service, "runs with", found)
@@ -175,6 +178,50 @@ def hardened(service):
     for bindings in (host["PortBindings"] or {}).values():
         if any(b["HostIp"] != "127.0.0.1" for b in bindings):
             fail(service, "is published beyond this machine")
+
+
+# The kernel's own announcements
+
+
+def page(port):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def by_the_kernels_word():
+    """The profile ebpf: it starts, keeps no capability, and tells whole lives of both ends by tracepoint alone."""
+    # Before Docker 23.0 no engine knows the two names, nor does its seccomp profile.
+    old = int(run("docker", "version", "--format", "{{.Server.Version}}").split(".")[0]) < 23
+    if old:
+        ENV.update(CAP_BPF="SYS_ADMIN", CAP_PERFMON="CAP_SYS_ADMIN")
+    began = time.monotonic()
+    compose("up", "-d", "ebpf", profiles=PROFILES)
+    await_that("health of ebpf", 60, lambda: healthy(["ebpf"]))
+    port = PORTS["EBPF_WEB_PORT"]
+    if 'echoscope_observer_info{observer="ebpf"} 1' not in page(port).splitlines():
+        fail("ebpf sees by", re.findall("echoscope_observer_info.*", page(port)), compose("logs", "ebpf", profiles=PROFILES))
+    # Both ends of a life, but for the minute of TIME_WAIT.
+    steps = {
+        "server": ["listen", "syn_recv", "established", "close_wait", "last_ack", "close"],
+        "client": ["close", "syn_sent", "established", "fin_wait1", "fin_wait2", "time_wait"],
+    }
+    arrows = [(role, *arrow) for role, states in steps.items() for arrow in itertools.pairwise(states)]
+
+    def unseen():
+        now = page(port)
+        series = 'echoscope_tcp_transitions_total{{evidence="{}",from="{}",role="{}",to="{}"}}'
+        told = lambda evidence, role, start, end: re.search(re.escape(series.format(evidence, start, role, end)) + " ([0-9]+)", now)  # noqa: E731
+        if any(int(found[1]) for arrow in arrows if (found := told("inferred", *arrow))):
+            fail("a step was inferred:", re.findall('echoscope_tcp_transitions_total.*inferred.*', now))
+        return [arrow for arrow in arrows if not (found := told("tracepoint", *arrow)) or not int(found[1])]
+
+    await_that("whole lives by tracepoint", 30, unseen)
+    await_that("its scrape", 60, lambda: unscraped(["ebpf:9907"]))
+    # The two are given up; what an old engine needs instead is not. The bounding set is the engine's.
+    kept = {"CapEff": f"{1 << 21:016x}", "CapPrm": f"{1 << 21:016x}", "CapBnd": f"{1 << 21:016x}"} if old else {"CapBnd": f"{3 << 38:016x}"}
+    hardened("ebpf", Uid="0\t0\t0\t0", Gid="0\t0\t0\t0", **kept)
+    say(f"ebpf: {len(arrows)} steps of both ends by tracepoint, none inferred, {'CAP_SYS_ADMIN, as this engine is old' if old else 'no capability kept'} ({time.monotonic() - began:.0f} s)")
+    compose("rm", "-s", "-f", "ebpf", profiles=PROFILES)
 
 
 # The dashboards
@@ -271,7 +318,7 @@ def firing():
 def trouble():
     await_that("quiet before the trouble", 60, lambda: firing() | red())
     services = [s for services, _, _ in TROUBLE.values() for s in services]
-    compose("up", "-d", *services, profiles=TROUBLE)
+    compose("up", "-d", *services, profiles=PROFILES)
     began = time.monotonic()
     expected = [(alert, seconds) for _, alerts, _ in TROUBLE.values() for *alert, seconds in alerts]
     for (alert, instance), seconds in sorted(expected, key=lambda e: e[1]):
@@ -284,8 +331,8 @@ def trouble():
     if unexpected := firing() - {(alert, instance) for _, alerts, _ in TROUBLE.values() for alert, instance, _ in alerts} - ALSO:
         fail("alerts that nothing led to:", unexpected)
     # The leak's server first: it gives its connections an end, and none has to be reset.
-    compose("rm", "-s", "-f", *(s for s in services if s != "leaked"), profiles=TROUBLE)
-    compose("rm", "-s", "-f", "leaked", profiles=TROUBLE)
+    compose("rm", "-s", "-f", *(s for s in services if s != "leaked"), profiles=PROFILES)
+    compose("rm", "-s", "-f", "leaked", profiles=PROFILES)
     took = await_that("all alerts to resolve", RESOLVED_WITHIN, lambda: firing() | red())
     say(f"all resolved, and no figure red, {took:.0f} s after the trouble ended")
 
@@ -353,10 +400,10 @@ def cleaned_up():
     try:
         yield
     except BaseException:
-        print(compose("ps", "-a", profiles=TROUBLE, check=False), compose("logs", "--tail=5", profiles=TROUBLE, check=False), file=sys.stderr)
+        print(compose("ps", "-a", profiles=PROFILES, check=False), compose("logs", "--tail=5", profiles=PROFILES, check=False), file=sys.stderr)
         raise
     finally:
-        compose("down", "-v", "-t", "5", "--remove-orphans", profiles=TROUBLE, check=False)
+        compose("down", "-v", "-t", "5", "--remove-orphans", profiles=PROFILES, check=False)
         run("docker", "image", "rm", IMAGE, check=False)
         # The stage that the image was built in has no name with some builders; its layers stay in the cache otherwise.
         for image in dangling() - before:
@@ -373,12 +420,13 @@ def main():
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(143))
     with cleaned_up():
-        compose("config", "-q", profiles=TROUBLE)
+        compose("config", "-q", profiles=PROFILES)
         image()
         start()
         for service in ("server", "client", "watch"):
             hardened(service)
         say("server, client and watch: no root, no capability, no new privileges, seccomp, read-only, limited, on loopback only")
+        by_the_kernels_word()
         every_panel()
         trouble()
         stop()

@@ -22,6 +22,9 @@ import yaml
 VERSIONS = ["1.29", "1.37"]
 IMAGE = "echoscope"
 LAST_SCRAPE = 15
+# Where the eBPF observer is granted what it needs, to whom, and that it is no more than this.
+GRANTED_IN, GRANTED_TO = "ebpf", "Deployment/echoscope-server"
+GRANTED = {"runAsNonRoot": False, "runAsUser": 0, "runAsGroup": 0, "capabilities": {"drop": ["ALL"], "add": ["BPF", "PERFMON"]}}
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 MONITOR_KEYS = {"selector", "podMetricsEndpoints", "namespaceSelector", "jobLabel", "podTargetLabels"}
 ENDPOINT_KEYS = {"port", "interval", "scrapeTimeout", "path", "scheme", "relabelings", "metricRelabelings", "honorLabels"}
@@ -136,7 +139,7 @@ def build(directory, seen, into=()):
             )
 
         hits = [resource for resource in resources if hit(resource)]
-        if into and not hits:
+        if resources and not hits:
             fault(file, "patches nothing:", target)
         # Which one it changes is the target's to say; its own name changes nothing.
         if patch["metadata"].keys() - {"name"}:
@@ -198,8 +201,8 @@ def selects(labels, deployment):
     return bool(labels) and labels.items() <= deployment["spec"]["template"]["metadata"].get("labels", {}).items()
 
 
-def check_security(where, container, pod):
-    """The restricted Pod Security Standard and more, by what the container says or else its pod."""
+def check_security(where, container, pod, granted):
+    """The restricted Pod Security Standard and more, by what the container says or else its pod; or else what is granted."""
     context = pod.get("securityContext", {}) | container.get("securityContext", {})
     who = f"{where} container {container['name']}:"
     wanted = {
@@ -211,10 +214,12 @@ def check_security(where, container, pod):
     }
     if is_ours(container):
         wanted["runAsUser"] = 65532
+    if granted:
+        wanted |= GRANTED
     for key, value in wanted.items():
         if context.get(key) != value:
             fault(who, f"securityContext.{key} is {context.get(key)!r}, not {value!r}")
-    if not isinstance(context.get("runAsUser"), int) or context["runAsUser"] == 0:
+    if not granted and (not isinstance(context.get("runAsUser"), int) or context["runAsUser"] == 0):
         fault(who, "runAsUser is no number of a user without privileges")
     if context.get("privileged") or any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):
         fault(who, "has a part of the host")
@@ -228,12 +233,13 @@ def is_ours(container):
 
 
 def check_pod(where, deployment):
+    granted = where.name == GRANTED_IN and named(deployment) == GRANTED_TO
     where = f"{where} {named(deployment)}"
     if not selects(deployment["spec"]["selector"]["matchLabels"], deployment):
         fault(where, "does not select its own pods")
     seen_names, seen_numbers = set(), set()
     for container, pod in containers(deployment):
-        check_security(where, container, pod)
+        check_security(where, container, pod, granted)
         for port in container.get("ports", []):
             name, number = port.get("name"), port["containerPort"]
             if not name or not re.fullmatch(r"(?=.*[a-z])[a-z0-9](?:[a-z0-9-]{0,13}[a-z0-9])?", name):
@@ -269,6 +275,8 @@ def check_pod(where, deployment):
             grace = pod.get("terminationGracePeriodSeconds", 30)
             if grace <= drain + LAST_SCRAPE:
                 fault(where, f"terminationGracePeriodSeconds {grace} is not longer than {drain:g} + {LAST_SCRAPE} s")
+    if granted:
+        say(f"{where}: user 0 with {' and '.join(GRANTED['capabilities']['add'])} and nothing else")
     say(f"{where}: security context, resources, probes, ports, times: looked at")
 
 
@@ -437,8 +445,10 @@ def main():
         if file.resolve() not in seen:
             fault(file, "is part of no kustomization that was built")
     # Else all of the above would hold of nothing.
-    if roots < 2 or monitored < 3:
-        fault(f"only {roots} kustomizations with {monitored} Deployments that are ours: there were 2 and 3")
+    if roots < 3 or monitored < 5:
+        fault(f"only {roots} kustomizations with {monitored} Deployments that are ours: there were 3 and 5")
+    if not (manifests / GRANTED_IN / "kustomization.yaml").is_file():
+        fault(manifests / GRANTED_IN, "is not there")
     check_compose(root / "compose" / "sidecar.yml", pathlib.Path("docker-compose.yml"), program)
     if program == "/dev/null":
         say("no program given: flags were not looked at")

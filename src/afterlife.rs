@@ -8,8 +8,6 @@
 
 mod followed;
 mod follower;
-mod lives;
-mod meaning;
 mod tally;
 mod witness;
 
@@ -140,7 +138,9 @@ impl Afterlife {
         let before = shared.following.fetch_add(1, Ordering::AcqRel);
         shared.unseen.fetch_add(1, Ordering::AcqRel);
         shared.journal.metrics().following.inc();
-        let refused = if before < shared.limit { queue.try_send(departed).err() } else { Some(Full(departed)) };
+        // What the kernel announces it announces without being asked: however many there are, no one is given up.
+        let room = before < shared.limit || self.hears_the_kernel();
+        let refused = if room { queue.try_send(departed).err() } else { Some(Full(departed)) };
         let Some(refused) = refused else { return };
         shared.journal.metrics().following.dec();
         shared.unseen.fetch_sub(1, Ordering::AcqRel);

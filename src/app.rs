@@ -13,7 +13,7 @@ use prometheus::IntCounter;
 use tokio::task::JoinHandle;
 
 use crate::client::{self, Summary};
-use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, reachable};
+use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, WatchMode, reachable};
 use crate::explain;
 use crate::journal::Journal;
 use crate::kernel::limits;
@@ -51,8 +51,16 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
     };
     // After the lab has moved: the kernel announces what happens where we are.
     let kernel = match &config.mode {
-        Mode::Run(_) => eyes::attach(config.common.observer)?,
-        Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer)?,
+        // Who does not want to see needs no eyes.
+        Mode::Run(roles)
+            if roles.client.is_none() && roles.server.as_ref().is_some_and(|server| !server.lifecycles) =>
+        {
+            eyes::Announcements::NotNeeded
+        }
+        Mode::Run(_) => eyes::attach(config.common.observer, false)?,
+        Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer, false)?,
+        // Who looks once hears of no change.
+        Mode::Watch(watch) if watch.mode == WatchMode::Serve => eyes::attach(config.common.observer, true)?,
         _ => eyes::Announcements::NotNeeded,
     };
     Ok(Prepared { lab, kernel })
@@ -76,7 +84,9 @@ pub fn start(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCo
 
 async fn run(config: Config, prepared: Prepared, log: &LogGuard, log_lost: IntCounter) -> anyhow::Result<u8> {
     let well = match config.mode {
-        Mode::Watch(config_of_watch) => return watch::run(config_of_watch, config.common, log_lost).await,
+        Mode::Watch(config_of_watch) => {
+            return watch::run(config_of_watch, prepared.kernel, config.common, log_lost).await;
+        }
         Mode::Lab(config_of_lab) => match prepared.lab {
             Some(lab) => lab::run(&config_of_lab, lab, prepared.kernel, config.common, log, log_lost).await,
             None => lab::list().map(|()| true),

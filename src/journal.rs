@@ -16,6 +16,38 @@ use crate::log::STATES;
 use crate::metrics::Metrics;
 use crate::tcp::{Identity, Role, State, Step, Transitions};
 
+/// One log line for each step. A macro, because a level is part of where a line is written.
+macro_rules! lines {
+    ($level:expr, $id:expr, $transitions:expr) => {
+        let flow = $id.flow.canonical();
+        let (conn, local, peer) = (short(format_args!("{:x}", $id.cookie)), short(flow.local), short(flow.peer));
+        // When it happened, not when it is told: a life after close(2) is told by the follower's readings.
+        let offset = clock::unix().saturating_sub(clock::monotonic());
+        for t in $transitions.iter() {
+            tracing::event!(
+                target: STATES,
+                $level,
+                at_us = u64::try_from((offset + t.at).as_micros()).unwrap_or(u64::MAX),
+                conn = conn.as_str(),
+                role = $id.role.label(),
+                local = local.as_str(),
+                peer = peer.as_str(),
+                from = t.from.name(),
+                to = t.to.name(),
+                after_s = t.after.map(|after| after.as_secs_f64()),
+                evidence = t.evidence.label(),
+                cause = t.cause.map(crate::tcp::Cause::label),
+                via = match t.step {
+                    Step::Arrow => None,
+                    Step::Gap => Some("unknown"),
+                    Step::Unexpected => Some("unexpected"),
+                },
+                "state"
+            );
+        }
+    };
+}
+
 /// Where observations become public.
 pub struct Journal {
     metrics: Arc<Metrics>,
@@ -95,32 +127,15 @@ impl Journal {
     }
 }
 
-fn log(id: &Identity, transitions: &Transitions) {
-    let flow = id.flow.canonical();
-    let (conn, local, peer) = (short(format_args!("{:x}", id.cookie)), short(flow.local), short(flow.peer));
-    // When it happened, not when it is told: a life after close(2) is told by the follower's readings.
-    let offset = clock::unix().saturating_sub(clock::monotonic());
-    for t in transitions.iter() {
-        tracing::info!(
-            target: STATES,
-            at_us = u64::try_from((offset + t.at).as_micros()).unwrap_or(u64::MAX),
-            conn = conn.as_str(),
-            role = id.role.label(),
-            local = local.as_str(),
-            peer = peer.as_str(),
-            from = t.from.name(),
-            to = t.to.name(),
-            after_s = t.after.map(|after| after.as_secs_f64()),
-            evidence = t.evidence.label(),
-            cause = t.cause.map(crate::tcp::Cause::label),
-            via = match t.step {
-                Step::Arrow => None,
-                Step::Gap => Some("unknown"),
-                Step::Unexpected => Some("unexpected"),
-            },
-            "state"
-        );
+/// Tells of somebody else's connection, to whoever wants to know all of it: one log line for each step, at DEBUG.
+pub fn whisper(id: &Identity, transitions: &Transitions) {
+    if tracing::enabled!(target: STATES, tracing::Level::DEBUG) {
+        lines!(tracing::Level::DEBUG, id, transitions);
     }
+}
+
+fn log(id: &Identity, transitions: &Transitions) {
+    lines!(tracing::Level::INFO, id, transitions);
 }
 
 /// Text without an allocation: an IPv6 address with its scope and port takes up to 58 characters.

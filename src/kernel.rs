@@ -27,7 +27,7 @@ pub use opens::opens;
 pub use queue::AcceptQueue;
 pub use row::{Row, TIME_WAIT, Wanted, timer};
 pub use sock_diag::{DestroyEvents, Destroyed};
-pub use table::{Observer, Table};
+pub use table::{Observer, Table, WhyNot};
 pub use tcp_info::TcpInfo;
 pub use tracepoints::Tracepoints;
 pub use wire::WireError;

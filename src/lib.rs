@@ -18,6 +18,7 @@
 //!    survey.rs      the sockets of every listener in this namespace, whoever owns them
 //!    journal.rs     THE choke point: a transition in, its log line, counters, ledger entry and live event out
 //!    live.rs        what happens, in batches, for whoever looks
+//!    lives.rs       whole lives, driven by what the kernel itself announces (eBPF)
 //!    ledger.rs      who is alive, in which state since when; the last lives that ended
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
 //!    metrics.rs     every metric, made once against its own registry
@@ -29,7 +30,7 @@
 //!    shutdown.rs    signals, the stop token
 //!    log.rs         the subscriber: terminal and JSON, a bounded queue
 //! 0  tcp.rs         State, Evidence, Transition, Lifecycle: pure, no clock, no I/O
-//!    kernel.rs      the only `unsafe`: TCP_INFO, SO_COOKIE, sock_diag, /proc, BPF filters
+//!    kernel.rs      the only `unsafe`: TCP_INFO, SO_COOKIE, sock_diag, eBPF, /proc, BPF filters
 //! ```
 //!
 //! # How an observation travels
@@ -39,6 +40,11 @@
 //!    │                   │                                               │ ├─────▶ Live ──▶ /events, ten times a second
 //!    ├──sock_diag──▶ Afterlife ──▶ Lifecycle::observe ──Transitions──────┘ └─────▶ Ledger ──▶ /api/connections
 //!    └──sock_diag──▶ Census ──────────────────────────────────────────▶ gauges at scrape time, /events once a second
+//! ```
+//! Where the kernel announces each change (eBPF), it comes by one way instead:
+//! ```text
+//! kernel ──ring──▶ Afterlife's witness ──▶ Lives ──▶ Lifecycle::observe ──Transitions──▶ Journal ──▶ …
+//!    └────counts──▶ Tally ──▶ Census ──▶ gauges at scrape time
 //! ```
 //!
 //! # Reading order
@@ -60,6 +66,7 @@ pub mod lab;
 pub mod ledger;
 pub mod listener;
 pub mod live;
+mod lives;
 pub mod log;
 pub mod metrics;
 pub mod progress;

@@ -12,9 +12,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use prometheus::proto::MetricFamily;
-use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
+use prometheus::{Encoder, Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
 
-use crate::kernel::Observer;
+use crate::kernel::{Observer, WhyNot};
 use crate::ledger::Reason;
 use crate::scope::Scope;
 use crate::tcp::{Role, State, Transition};
@@ -112,6 +112,7 @@ pub struct Metrics {
     outcomes: IntCounterVec,
     accept_errors: IntCounterVec,
     observers: ObserverFamilies,
+    unavailable: IntGaugeVec,
     /// One scrape at a time writes the gauges and reads them back.
     scrape: Mutex<Scrapes>,
 }
@@ -125,7 +126,7 @@ impl Metrics {
     pub fn new(scope: &Scope, observer: Observer, log_lost: &IntCounter) -> Metrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.about(observer, log_lost);
+        let unavailable = make.about(observer, log_lost);
 
         let opened = make.counters("connections_opened_total", "Connections opened by this process.", &["role"]);
         let open = make.gauges(
@@ -224,6 +225,7 @@ impl Metrics {
             ),
             accept_errors,
             observers,
+            unavailable,
             scrape: Mutex::default(),
             registry,
         }
@@ -257,6 +259,11 @@ impl Metrics {
     #[must_use]
     pub fn observer(&self, observer: Observer, what: &str) -> ObserverMetrics {
         self.observers.of(observer, what)
+    }
+
+    /// Tells why an observer that is better than the one in use is not used.
+    pub fn unavailable(&self, better: Observer, why: WhyNot) {
+        self.unavailable.with_label_values(&[better.label(), why.label()]).set(1);
     }
 
     /// Counts a transition and the stay that it ended.
@@ -341,6 +348,7 @@ mod tests {
     fn the_page_is_the_golden_one() {
         let scope = Scope::new(&[7007], vec![Arc::new(Target::new("localhost:7007".into(), 7007))]);
         let metrics = Metrics::new(&scope, Observer::SockDiag, &log_lost_counter());
+        metrics.unavailable(Observer::Ebpf, WhyNot::NotPermitted);
         let page = String::from_utf8(metrics.render(|_| ()).unwrap()).unwrap();
         let ours = page.lines().filter(|l| !l.contains("process_") && !l.contains("_bucket{"));
         let ours: Vec<&str> = ours.map(|l| l.replace(env!("CARGO_PKG_VERSION"), "VERSION").leak() as &str).collect();

@@ -3,6 +3,7 @@
 //! One thread reads the table again and again and hears what the kernel frees in between; whoever asks gets the last
 //! reading, or a new one where that is old. Must not know: who asks, and in which form it is shown.
 
+mod announced;
 mod reading;
 mod tracker;
 
@@ -15,10 +16,12 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use reading::{Listeners, Port, Reading, Selection, Service, Sight, Socket, Stay};
 
+use crate::kernel::tracepoints::Tracepoints;
 use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, Wanted, clock, opens, ports};
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, State, StateSet};
+use announced::Announced;
 use tracker::{LATE, Tracker};
 
 /// One reading serves everyone for so long.
@@ -27,6 +30,9 @@ const FRESH: Duration = Duration::from_millis(500);
 /// After how many rows of a reading, a millisecond or less, what the kernel frees meanwhile is listened to: where
 /// net.core.rmem_max is what it mostly is, a few hundred words of it fit.
 const ROWS: u64 = 512;
+
+/// Announcements that come within this time share a wake-up.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// How many pairs of addresses are told of.
 const FULLEST: usize = 10;
@@ -45,7 +51,7 @@ enum Question {
 }
 
 impl Survey {
-    /// Begins to look, every `interval`.
+    /// Begins to look, every `interval`, and with `tracepoints` to hear each change in between.
     ///
     /// # Errors
     /// When its thread or event loop cannot be made.
@@ -54,10 +60,13 @@ impl Survey {
         table: Table,
         metrics: Arc<SurveyMetrics>,
         interval: Duration,
+        tracepoints: Option<Tracepoints>,
     ) -> io::Result<Survey> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (ask, asked) = mpsc::channel(64);
+        let announced = tracepoints.map(|t| Announced::new(t, selection.clone(), Arc::clone(&metrics)));
         let surveyor = Surveyor {
+            announced,
             tracker: Tracker::new(selection),
             table,
             metrics,
@@ -112,6 +121,7 @@ impl Ears {
 }
 
 struct Surveyor {
+    announced: Option<Announced>,
     tracker: Tracker,
     table: Table,
     metrics: Arc<SurveyMetrics>,
@@ -122,7 +132,7 @@ struct Surveyor {
     opens_before: Option<u64>,
     /// How many were missing at least since then.
     missing: Option<(Instant, u64)>,
-    /// Events were lost since then.
+    /// Since then events were lost, or did not say of whom they were.
     lost: bool,
     warned: OnceAMinute,
 }
@@ -138,12 +148,32 @@ impl Surveyor {
                 }
             }
         }
+        let alarm = match self.announced.as_ref().map(Announced::alarm).transpose() {
+            Ok(alarm) => alarm,
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for the kernel's events: they are read with the table");
+                None
+            }
+        };
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             let heard = async {
                 match &self.ears {
                     Some(ears) => drop(ears.events.readable().await),
+                    None => std::future::pending().await,
+                }
+            };
+            let rung = async {
+                match &alarm {
+                    Some(alarm) => drop(alarm.rings().await),
+                    None => std::future::pending().await,
+                }
+            };
+            let waits = self.announced.as_ref().and_then(Announced::next);
+            let waited = async {
+                match waits {
+                    Some(pause) => tokio::time::sleep(pause).await,
                     None => std::future::pending().await,
                 }
             };
@@ -161,8 +191,19 @@ impl Surveyor {
                     None => return,
                 },
                 _ = ticks.tick() => self.last = Some(self.read()),
+                () = rung => self.hear_announced().await,
+                () = waited => self.hear_announced().await,
             }
         }
+    }
+
+    /// Takes in what the kernel announced; what comes soon after shares the next wake-up.
+    async fn hear_announced(&mut self) {
+        let Some(announced) = &mut self.announced else { return };
+        if let Err(error) = announced.hear(&mut self.table) {
+            self.failed(&error);
+        }
+        tokio::time::sleep(GATHER).await;
     }
 
     /// Takes in what the kernel freed.
@@ -170,7 +211,8 @@ impl Surveyor {
         let Some(ears) = &mut self.ears else { return };
         let listened = ears.listen();
         for (cookie, flow) in ears.heard.drain(..) {
-            self.tracker.freed(cookie, &flow);
+            // Whose it was, nobody knows; that it was is in the kernel's count of opens.
+            self.lost |= !self.tracker.freed(cookie, &flow);
         }
         if std::mem::take(&mut ears.lost) {
             self.lost = true;
@@ -203,10 +245,16 @@ impl Surveyor {
         let now = clock::monotonic();
         let tracker = &mut self.tracker;
         tracker.begin(now, listening);
+        if let Some(announced) = &mut self.announced {
+            announced.reading_begins(tracker.served());
+        }
         let everything = Wanted::new(StateSet::of(&State::ALL), &[], &[]);
-        let (ears, mut rows) = (&mut self.ears, 0);
+        let (ears, announced, mut rows) = (&mut self.ears, &mut self.announced, 0);
         let mut row = |row: &Row| {
             tracker.row(row, clock::monotonic());
+            if let Some(announced) = announced {
+                announced.row(row);
+            }
             rows += 1;
             if rows % ROWS == 0
                 && let Some(ears) = ears
@@ -228,10 +276,18 @@ impl Surveyor {
         if let Some(ears) = &mut self.ears {
             let _ = ears.listen();
         }
-        let (services, stays) = tracker.finish();
+        let (mut services, stays) = tracker.finish();
         self.hear();
-        self.count_missed(opened);
-        for Stay { service, state, time } in stays {
+        if let Some(announced) = &mut self.announced {
+            announced.reading_ends(&mut self.table)?;
+            for (service, sight) in &mut services {
+                (sight.opened, sight.closed) = announced.totals(*service);
+            }
+        } else {
+            self.count_missed(opened);
+        }
+        // What is announced is exact, and told already.
+        for Stay { service, state, time } in stays.into_iter().filter(|_| self.announced.is_none()) {
             self.metrics.stay(service.role.label(), &service.port.to_string(), state.label(), time);
         }
         let took = began.elapsed();
@@ -241,7 +297,7 @@ impl Surveyor {
             fullest: self.tracker.fullest(FULLEST),
             ports_limit: ports::local_port_limit().ok(),
             named: self.tracker.named().to_vec(),
-            observer: self.table.observer(),
+            observer: if self.announced.is_some() { Observer::Ebpf } else { self.table.observer() },
             took,
         })
     }

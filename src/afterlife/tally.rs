@@ -222,3 +222,110 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
     }
     before
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::timer;
+    use crate::scope::Target;
+    use State::{Close, CloseWait, Established, FinWait1, FinWait2, SynRecv, SynSent, TimeWait};
+    use std::sync::Arc;
+
+    fn scope() -> Scope {
+        Scope::new(&[], vec![Arc::new(Target::new("127.0.0.1:7007".into(), 7007))])
+    }
+
+    fn flow(cookie: u64) -> Flow {
+        Flow {
+            local: format!("127.0.0.1:{}", 40_000 + cookie).parse().unwrap(),
+            peer: "127.0.0.1:7007".parse().unwrap(),
+        }
+    }
+
+    fn row(cookie: u64, state: State) -> Row {
+        Row {
+            state,
+            flow: flow(cookie),
+            cookie: Some(cookie),
+            timer: if state == TimeWait { timer::TIME_WAIT } else { 0 },
+            retransmits: 0,
+            expires: Duration::ZERO,
+            receive_queue: 0,
+            send_queue: None,
+            inode: 0,
+            last_ack: None,
+        }
+    }
+
+    fn event(era: u16, cookie: u64, kind: Kind) -> Event {
+        Event {
+            cookie,
+            at: Duration::ZERO,
+            flow: flow(cookie),
+            kind,
+            era,
+            error: 0,
+            done: false,
+            orphan: false,
+            lingers_not: false,
+            reset: false,
+            closing: false,
+        }
+    }
+
+    #[test]
+    fn who_was_there_before_is_counted_where_he_was_then() {
+        let changed = |cookie, from, to| event(2, cookie, Kind::Changed { from, to });
+        let rows = [
+            row(1, Established),
+            // Moved before its row was read, and after.
+            row(2, CloseWait),
+            row(3, Established),
+            // Born since.
+            row(4, Established),
+            row(5, TimeWait),
+            // Its full socket moved on since.
+            row(6, TimeWait),
+            row(7, Close),
+        ];
+        let events = [
+            event(1, 1, Kind::Changed { from: SynSent, to: Established }),
+            changed(2, Established, CloseWait),
+            changed(3, Established, FinWait1),
+            changed(4, Close, SynSent),
+            changed(4, SynSent, Established),
+            event(2, 6, Kind::Armed(TimeWait)),
+            changed(6, FinWait2, Close),
+            // Gone before the reading: a TIME_WAIT, a connection, a handshake.
+            event(2, 8, Kind::Disarmed { expired: true }),
+            changed(9, CloseWait, Close),
+            event(2, 10, Kind::Unrequested { expired: true }),
+            // Came and went.
+            event(2, 11, Kind::Armed(TimeWait)),
+            event(2, 11, Kind::Disarmed { expired: false }),
+        ];
+        let before = before(&scope(), 2, &rows, &events)[0];
+        let found: Vec<(State, i64)> =
+            State::ALL.into_iter().map(|state| (state, before[state as usize])).filter(|(_, n)| *n != 0).collect();
+        assert_eq!(found, [(Established, 3), (SynRecv, 1), (FinWait2, 1), (TimeWait, 2), (CloseWait, 1)]);
+    }
+
+    #[test]
+    fn the_oldest_is_found_without_those_that_left() {
+        let mut ages = Ages::new(&scope());
+        let id = |cookie| Identity { cookie, role: Role::Client, port: 7007, flow: flow(cookie) };
+        let at = |cookie| Duration::from_secs(cookie);
+        for cookie in 1..=5000 {
+            ages.begins(&id(cookie), Established, at(cookie));
+        }
+        // 1 stays, the others have left but for the last.
+        let state = |cookie| (cookie == 1 || cookie == 5000).then_some((Established, at(cookie)));
+        assert_eq!(ages.oldest(state)[0][Established as usize], Some(at(1)));
+        assert_eq!(ages.entered[0][Established as usize].len(), 2, "the rest is thrown out");
+        assert_eq!(
+            ages.oldest(|cookie| state(cookie).filter(|_| cookie != 1))[0][Established as usize],
+            Some(at(5000))
+        );
+        assert_eq!(ages.oldest(|_| None)[0][Established as usize], None);
+    }
+}

@@ -1,7 +1,7 @@
 //! The thread that hears what the kernel announces, and tells whole lives by it: from the first SYN to the end of
 //! TIME_WAIT, whether or not anybody accepted, and after close(2) as before.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use super::lives::{Lives, Said};
 use super::tally::{self, Ages, Tally};
 use super::{Departed, GATHER, Shared};
 use crate::kernel::tracepoints::{Alarm, Event, Losses, Tracepoints};
-use crate::kernel::{Row, Table, Wanted, clock};
+use crate::kernel::{Table, Wanted, clock};
+use crate::lives::{Lives, Said};
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
@@ -88,7 +88,7 @@ impl Witness {
     ) -> anyhow::Result<(Witness, Arc<Tally>)> {
         let tally = Arc::new(Tally::default());
         let which = Arc::clone(scope);
-        let which = Box::new(move |flow: &_| which.service_of(flow).map(|place| which.services()[place]));
+        let which = Box::new(move |flow: &_, _| which.service_of(flow).map(|place| which.services()[place]));
         let metrics = shared.journal.metrics().observer(crate::kernel::Observer::Ebpf, "follow");
         let mut witness = Witness {
             lives: Lives::new(which, tracepoints.tells_of_timers()),
@@ -132,22 +132,12 @@ impl Witness {
         for event in &events {
             self.lives.hear(event, &mut |id, said| self.ears.tell(id, said));
         }
-        // What has happened meanwhile is newer than what was read. A descriptor that is still open shows as CLOSE beside
-        // its own TIME_WAIT.
+        // What has happened meanwhile is newer than what was read.
         let newer: HashSet<u64> = events.iter().map(|event| event.cookie).collect();
-        let shown: HashMap<u64, &Row> =
-            rows.iter().filter(|row| row.state != State::Close).filter_map(|row| Some((row.cookie?, row))).collect();
+        let (ears, table) = (&mut self.ears, &mut self.table);
+        let find = |id: &Identity| table.find(&id.flow, id.cookie);
         let now = clock::monotonic();
-        for (_, row) in shown.iter().filter(|(cookie, _)| !newer.contains(cookie)) {
-            self.lives.found(row, now, &mut |id, said| self.ears.tell(id, said));
-        }
-        // Absence is only believed of a lookup.
-        for id in known.iter().filter(|id| !shown.contains_key(&id.cookie) && !newer.contains(&id.cookie)) {
-            match self.table.find(&id.flow, id.cookie)? {
-                Some(row) => self.lives.found(&row, now, &mut |id, said| self.ears.tell(id, said)),
-                None => self.lives.vanished(id.cookie, now, &mut |id, said| self.ears.tell(id, said)),
-            }
-        }
+        self.lives.reconcile(&known, &rows, &newer, now, find, &mut |id, said| ears.tell(id, said))?;
         self.publish();
         self.ears.metrics.duration.observe(began.elapsed().as_secs_f64());
         Ok(())

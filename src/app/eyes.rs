@@ -10,7 +10,7 @@ use crate::census::Census;
 use crate::config::Common;
 use crate::journal::Journal;
 use crate::kernel::tracepoints::TraceError;
-use crate::kernel::{Observer, Table, Tracepoints, capabilities};
+use crate::kernel::{Observer, Table, Tracepoints, WhyNot, capabilities};
 use crate::metrics::Metrics;
 use crate::scope::Scope;
 
@@ -27,12 +27,12 @@ pub(super) enum Announcements {
 }
 
 /// Attaches to the kernel's announcements, if they are asked for or are the best that is permitted, and gives up the
-/// capabilities that this took. Must come before the process has a second thread.
-pub(super) fn attach(asked: Option<Observer>) -> anyhow::Result<Announcements> {
+/// capabilities that this took. With `everything`, of all sockets of the network namespace. Must come before the process has a second thread.
+pub(super) fn attach(asked: Option<Observer>, everything: bool) -> anyhow::Result<Announcements> {
     if matches!(asked, Some(Observer::SockDiag | Observer::Procfs)) {
         return Ok(Announcements::NotAskedFor);
     }
-    Ok(match Tracepoints::attach(false) {
+    Ok(match Tracepoints::attach(everything) {
         Ok(tracepoints) => {
             capabilities::give_up_tracing().context("give up CAP_BPF and CAP_PERFMON")?;
             Announcements::Here(Box::new(tracepoints))
@@ -61,36 +61,58 @@ pub(super) fn observe(
     let table = open_table(common.observer)?;
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
-    let tracepoints = match kernel {
-        Announcements::Here(tracepoints) if by_table == Observer::SockDiag => Some(*tracepoints),
-        Announcements::Here(_) if common.observer.is_some() => bail!("observer ebpf: it takes netlink beside it"),
-        Announcements::Here(_) => {
-            say_why_not(&"it takes netlink beside it", by_table);
-            None
-        }
-        Announcements::Refused(error) => {
-            say_why_not(&error, by_table);
-            None
-        }
-        Announcements::NotNeeded | Announcements::NotAskedFor => None,
-    };
+    let (tracepoints, no_ebpf) = announce(kernel, common.observer, by_table)?;
     let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
-    let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
-    if let Some(tracepoints) = &tracepoints {
-        for lack in tracepoints.lacks() {
-            tracing::warn!(reason = %lack, "the kernel does not announce everything");
-        }
-        tracing::info!(%observer, "the kernel announces each change");
+    for (better, why) in passed_over(common.observer, observer, no_ebpf) {
+        metrics.unavailable(better, why);
     }
+    let journal = Arc::new(Journal::new(Arc::clone(&metrics)));
     let afterlife = Afterlife::start(Arc::clone(&journal), &scope, second, common.follow_limit, tracepoints)
         .context("start the follower")?;
     let census = Arc::new(Census::new(scope, Arc::clone(&journal), table, afterlife.tally().cloned()));
     Ok(Observers { metrics, journal, afterlife, census })
 }
 
+/// The observers that would be better than the one in use, and why each is not used.
+pub(super) fn passed_over(
+    asked: Option<Observer>,
+    used: Observer,
+    no_ebpf: WhyNot,
+) -> impl Iterator<Item = (Observer, WhyNot)> {
+    let no_netlink = if asked == Some(Observer::Procfs) { WhyNot::NotAskedFor } else { WhyNot::Refused };
+    let best_first = [(Observer::Ebpf, no_ebpf), (Observer::SockDiag, no_netlink)];
+    best_first.into_iter().take_while(move |(better, _)| *better != used)
+}
+
 fn say_why_not(reason: &dyn std::fmt::Display, observer: Observer) {
     tracing::info!(%reason, %observer, "no eBPF: changes are read, not announced");
+}
+
+/// The announcements, if there are any and the table goes with them; or why not. Says once which way it is.
+pub(super) fn announce(
+    kernel: Announcements,
+    asked: Option<Observer>,
+    by_table: Observer,
+) -> anyhow::Result<(Option<Tracepoints>, WhyNot)> {
+    let tracepoints = match kernel {
+        Announcements::Here(tracepoints) if by_table == Observer::SockDiag => tracepoints,
+        Announcements::Here(_) if asked.is_some() => bail!("observer ebpf: it takes netlink beside it"),
+        Announcements::Here(_) => {
+            say_why_not(&"it takes netlink beside it", by_table);
+            return Ok((None, WhyNot::NoNetlink));
+        }
+        Announcements::Refused(error) => {
+            say_why_not(&error, by_table);
+            return Ok((None, error.reason()));
+        }
+        Announcements::NotNeeded | Announcements::NotAskedFor => return Ok((None, WhyNot::NotAskedFor)),
+    };
+    for lack in tracepoints.lacks() {
+        tracing::warn!(reason = %lack, "the kernel does not announce everything");
+    }
+    tracing::info!(observer = %Observer::Ebpf, "the kernel announces each change");
+    Ok((Some(*tracepoints), WhyNot::NotAskedFor))
 }
 
 /// Opens the kernel's table in the way that is asked for, or in the best that is permitted.

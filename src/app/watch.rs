@@ -8,8 +8,9 @@ use anyhow::{Context, anyhow, bail};
 use prometheus::IntCounter;
 
 use super::EndAll;
-use super::eyes::open_table;
+use super::eyes::{Announcements, announce, open_table, passed_over};
 use crate::config::{Common, Output, WatchConfig, WatchMode};
+use crate::kernel::Observer;
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
 use crate::survey::{Selection, Survey};
@@ -20,9 +21,14 @@ use crate::web::{self, Readiness};
 const UNKNOWN: u8 = 3;
 
 /// Watches as it was told to; returns the exit code.
-pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
+pub(super) async fn run(
+    config: WatchConfig,
+    kernel: Announcements,
+    common: Common,
+    log_lost: IntCounter,
+) -> anyhow::Result<u8> {
     let (mode, output) = (config.mode, config.output);
-    match watch(config, common, log_lost).await {
+    match watch(config, kernel, common, log_lost).await {
         Err(error) if mode == WatchMode::Once => {
             // Where a monitor looks for the answer; a script that wants JSON gets none.
             match output {
@@ -35,7 +41,7 @@ pub(super) async fn run(config: WatchConfig, common: Common, log_lost: IntCounte
     }
 }
 
-async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
+async fn watch(config: WatchConfig, kernel: Announcements, common: Common, log_lost: IntCounter) -> anyhow::Result<u8> {
     let drain = DrainConfig { delay: Duration::ZERO, timeout: Duration::from_secs(5) };
     let stop = Stop::new();
     tokio::spawn(on_signals(&stop, drain).context("watch for signals")?);
@@ -43,11 +49,18 @@ async fn watch(config: WatchConfig, common: Common, log_lost: IntCounter) -> any
     let web = common.web.filter(|_| serves).map(web::bind).transpose()?;
     let WatchConfig { only, ignore, remote, interval, warn, crit, .. } = config;
     let own = web.as_ref().map(|bound| bound.address().port());
-    let table = open_table(common.observer)?;
-    let observer = table.observer();
+    let asked = common.observer;
+    let table = open_table(asked)?;
+    let by_table = table.observer();
+    let (tracepoints, no_ebpf) = announce(kernel, asked, by_table)?;
+    let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(SurveyMetrics::new(observer, &log_lost));
-    let survey = Survey::start(Selection { only, ignore, remote, own }, table, Arc::clone(&metrics), interval)
-        .context("start the survey")?;
+    for (better, why) in passed_over(asked, observer, no_ebpf) {
+        metrics.unavailable(better, why);
+    }
+    let selection = Selection { only, ignore, remote, own };
+    let survey =
+        Survey::start(selection, table, Arc::clone(&metrics), interval, tracepoints).context("start the survey")?;
     // Whatever comes after this is new: so nobody is told that it watches before.
     // Whether it can be read is told by whoever asks.
     let _ = survey.read().await;

@@ -47,6 +47,48 @@ impl fmt::Display for Observer {
     }
 }
 
+/// Why an observer is not used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhyNot {
+    /// Another was asked for.
+    NotAskedFor,
+    /// This process lacks a capability.
+    NotPermitted,
+    /// The kernel does not describe its own types.
+    NoTypes,
+    /// The kernel does not tell which network namespace a socket is in.
+    NoNamespace,
+    /// There is no netlink, which it takes beside it.
+    NoNetlink,
+    /// The kernel, or a sandbox, said no.
+    Refused,
+}
+
+impl WhyNot {
+    /// All of them.
+    pub const ALL: [WhyNot; 6] = [
+        WhyNot::NotAskedFor,
+        WhyNot::NotPermitted,
+        WhyNot::NoTypes,
+        WhyNot::NoNamespace,
+        WhyNot::NoNetlink,
+        WhyNot::Refused,
+    ];
+
+    /// The metric label.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            WhyNot::NotAskedFor => "not_asked_for",
+            WhyNot::NotPermitted => "not_permitted",
+            WhyNot::NoTypes => "no_types",
+            WhyNot::NoNamespace => "no_namespace",
+            WhyNot::NoNetlink => "no_netlink",
+            WhyNot::Refused => "refused",
+        }
+    }
+}
+
 /// The table, opened one way or the other. Its calls block for as long as the kernel walks its hash.
 pub struct Table(Way);
 

@@ -22,6 +22,7 @@ use rustix::net::{AddressFamily, SocketType};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::table::WhyNot;
 use super::{capabilities, sockopt};
 use crate::tcp::{Role, State};
 pub use event::{Event, Kind};
@@ -49,10 +50,10 @@ pub enum TraceError {
     NotPermitted,
     /// The kernel does not describe its own types.
     #[error("no type information of the running kernel (/sys/kernel/btf/vmlinux): {0}")]
-    NoTypes(#[source] aya::BtfError),
+    NoTypes(String),
     /// The kernel does not tell which network namespace a socket is in.
-    #[error("SO_NETNS_COOKIE (Linux 5.14): {0}")]
-    NoNamespace(#[source] io::Error),
+    #[error("no name for the network namespace (SO_NETNS_COOKIE, Linux 5.14): {0}")]
+    NoNamespace(String),
     /// Something is refused, or unknown to this kernel.
     #[error("{what}: {why}")]
     Refused {
@@ -64,14 +65,29 @@ pub enum TraceError {
 }
 
 impl TraceError {
-    fn refused(what: impl Into<String>, error: &(dyn Error + 'static)) -> TraceError {
-        // What the verifier has to say can be pages; the reason is at the root.
-        let mut root = error;
-        while let Some(source) = root.source() {
-            root = source;
+    /// The same in one word.
+    #[must_use]
+    pub fn reason(&self) -> WhyNot {
+        match self {
+            TraceError::NotPermitted => WhyNot::NotPermitted,
+            TraceError::NoTypes(_) => WhyNot::NoTypes,
+            TraceError::NoNamespace(_) => WhyNot::NoNamespace,
+            TraceError::Refused { .. } => WhyNot::Refused,
         }
-        TraceError::Refused { what: what.into(), why: root.to_string().lines().next().unwrap_or_default().to_owned() }
     }
+
+    fn refused(what: impl Into<String>, error: &(dyn Error + 'static)) -> TraceError {
+        TraceError::Refused { what: what.into(), why: root_of(error) }
+    }
+}
+
+/// What the verifier has to say can be pages; the reason is at the root.
+fn root_of(error: &(dyn Error + 'static)) -> String {
+    let mut root = error;
+    while let Some(source) = root.source() {
+        root = source;
+    }
+    root.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// The announcements of one network namespace.
@@ -97,8 +113,8 @@ impl Tracepoints {
         if !capabilities::may_trace().unwrap_or(true) {
             return Err(TraceError::NotPermitted);
         }
-        let types = Btf::from_sys_fs().map_err(TraceError::NoTypes)?;
-        let namespace = namespace().map_err(TraceError::NoNamespace)?;
+        let types = Btf::from_sys_fs().map_err(|error| TraceError::NoTypes(root_of(&error)))?;
+        let namespace = namespace().map_err(|error| TraceError::NoNamespace(root_of(&error)))?;
         let mut programs = EbpfLoader::new()
             .btf(Some(&types))
             .verifier_log_level(VerifierLogLevel::DISABLE)

@@ -9,11 +9,14 @@ use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 use super::maker::Maker;
 use super::table::ObserverFamilies;
 use super::{ACCEPT_ERRORS, LiveMetrics, ObserverMetrics, STAY, TableGauges, encode};
-use crate::kernel::Observer;
-use crate::tcp::State;
+use crate::kernel::{Observer, WhyNot};
+use crate::tcp::{Cause, Role, State, Transition};
 
 /// The states whose stays are told: those that pile up.
 pub const TOLD: [State; 3] = [State::CloseWait, State::FinWait2, State::TimeWait];
+
+/// The cause that nobody knows.
+const UNKNOWN: &str = "unknown";
 
 /// Every metric of a process that watches others.
 pub struct SurveyMetrics {
@@ -22,6 +25,10 @@ pub struct SurveyMetrics {
     opened: IntCounterVec,
     closed: IntCounterVec,
     stay: HistogramVec,
+    transitions: IntCounterVec,
+    ended: IntCounterVec,
+    /// The kernel announces causes.
+    announced: bool,
     listener: IntGaugeVec,
     accept_errors: IntCounterVec,
     /// Connections that nobody told the survey of.
@@ -32,6 +39,7 @@ pub struct SurveyMetrics {
     /// Who looks at the live page.
     pub live: LiveMetrics,
     log_lost: IntCounter,
+    unavailable: IntGaugeVec,
     /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
     scrape: Mutex<BTreeSet<(&'static str, String)>>,
 }
@@ -57,13 +65,15 @@ impl SurveyMetrics {
     pub fn new(observer: Observer, log_lost: &IntCounter) -> SurveyMetrics {
         let registry = Registry::new();
         let make = Maker(&registry);
-        make.about(observer, log_lost);
+        let unavailable = make.about(observer, log_lost);
         let table = TableGauges::new(&make);
         let ready = make.gauge("ready", "Whether this process answers: 0 from the first signal on.");
+        let announced = observer == Observer::Ebpf;
         let observer = ObserverFamilies::new(&make).of(observer, "survey");
         let accept_errors =
             make.counters("accept_errors_total", "accept(2) errors, by listening service.", &["service", "reason"]);
         SurveyMetrics {
+            announced,
             table,
             opened: make.counters(
                 "sockets_opened_total",
@@ -82,6 +92,16 @@ impl SurveyMetrics {
                 &["role", "port", "state"],
                 STAY,
             ),
+            transitions: make.counters(
+                "tcp_transitions_total",
+                "State changes of the connections that are watched, by who saw them: where the kernel announces them (eBPF).",
+                &["role", "from", "to", "evidence"],
+            ),
+            ended: make.counters(
+                "sockets_ended_total",
+                "How connections of others ended: what led to TIME_WAIT or CLOSED; unknown, unless the kernel announces it (eBPF).",
+                &["role", "port", "cause"],
+            ),
             listener: make.gauges("listener_info", "Which process listens; always 1.", &["port", "process"]),
             accept_errors,
             missed: make.counter(
@@ -92,9 +112,15 @@ impl SurveyMetrics {
             observer,
             live: LiveMetrics::new(&make),
             log_lost: log_lost.clone(),
+            unavailable,
             scrape: Mutex::default(),
             registry,
         }
+    }
+
+    /// Tells why an observer that is better than the one in use is not used.
+    pub fn unavailable(&self, better: Observer, why: WhyNot) {
+        self.unavailable.with_label_values(&[better.label(), why.label()]).set(1);
     }
 
     /// The counters of accept(2) errors of the web side.
@@ -108,6 +134,21 @@ impl SurveyMetrics {
         // Also of a service that is gone before anybody scrapes.
         self.known().insert((role, port.to_owned()));
         self.stay.with_label_values(&[role, port, state]).observe(time.as_secs_f64());
+    }
+
+    /// The kernel has announced a step of somebody's connection.
+    pub fn announced(&self, role: Role, port: &str, t: &Transition) {
+        let role = role.label();
+        self.transitions.with_label_values(&[role, t.from.label(), t.to.label(), t.evidence.label()]).inc();
+        if TOLD.contains(&t.from)
+            && let Some(after) = t.after
+        {
+            self.stay(role, port, t.from.label(), after);
+        }
+        if t.to == State::TimeWait || (t.to == State::Close && t.from != State::TimeWait) {
+            self.known().insert((role, port.to_owned()));
+            self.ended.with_label_values(&[role, port, t.cause.map_or(UNKNOWN, Cause::label)]).inc();
+        }
     }
 
     fn known(&self) -> MutexGuard<'_, BTreeSet<(&'static str, String)>> {
@@ -142,6 +183,9 @@ impl SurveyMetrics {
                 let labels: [&str; 2] = [role, port];
                 let _ = self.opened.remove_label_values(&labels);
                 let _ = self.closed.remove_label_values(&labels);
+                for cause in Cause::ALL.into_iter().map(Cause::label).chain([UNKNOWN]) {
+                    let _ = self.ended.remove_label_values(&[role, port.as_str(), cause]);
+                }
                 for state in State::ALL {
                     let _ = self.stay.remove_label_values(&[role, port.as_str(), state.label()]);
                 }
@@ -150,6 +194,10 @@ impl SurveyMetrics {
                 for (counter, total) in [(&self.opened, totals.0), (&self.closed, totals.1)] {
                     let counter = counter.with_label_values(&[*role, port.as_str()]);
                     counter.inc_by(total.saturating_sub(counter.get()));
+                }
+                let unknown = self.ended.with_label_values(&[*role, port.as_str(), UNKNOWN]);
+                if !self.announced {
+                    unknown.inc_by(totals.1.saturating_sub(unknown.get()));
                 }
                 // Present at zero: an increase from nothing is none.
                 for state in TOLD {

@@ -227,12 +227,14 @@ impl Tracker {
         }
     }
 
-    /// The kernel has freed a full socket.
-    pub(super) fn freed(&mut self, cookie: u64, flow: &Flow) {
+    /// The kernel has freed a full socket. Returns false when it may have been a connection and nobody knows whose: one that
+    /// was reset by its own side (`tcp_disconnect`) has forgotten its peer.
+    pub(super) fn freed(&mut self, cookie: u64, flow: &Flow) -> bool {
         if flow.peer.port() == 0 {
-            return; // a listener, or one that was never connected
+            // Or a listener, or one that was never connected. If a reading has shown it, the next one misses it.
+            return self.first == u32::MAX || self.seen.contains_key(&cookie);
         }
-        let Some(service) = self.service_of(flow) else { return };
+        let Some(service) = self.service_of(flow) else { return true };
         match self.seen.get_mut(&cookie) {
             Some(seen) => seen.free(&mut self.totals),
             None if self.gone.remove(&cookie).is_some() => {}
@@ -245,6 +247,7 @@ impl Tracker {
             // It may have been there before us.
             None => {}
         }
+        true
     }
 
     /// So many connections lived between two readings.
@@ -298,6 +301,11 @@ impl Tracker {
         self.served.retain(|port, _| self.listening.contains_key(port) || held.contains(port));
         self.stays.retain(|stay| self.sights.contains_key(&stay.service));
         (std::mem::take(&mut self.sights), std::mem::take(&mut self.stays))
+    }
+
+    /// The ports on which somebody listens, or did as long as connections are left.
+    pub(super) fn served(&self) -> impl Iterator<Item = u16> {
+        self.served.keys().copied()
     }
 
     /// The listening ports that were asked for by number.
@@ -633,7 +641,7 @@ mod tests {
             for step in *steps {
                 match step {
                     Ok(rows) => told = readings.totals(rows),
-                    Err(cookie) => readings.0.freed(*cookie, &full.flow),
+                    Err(cookie) => assert!(readings.0.freed(*cookie, &full.flow)),
                 }
             }
             assert_eq!(told, (1, 1), "{what}");

@@ -284,7 +284,7 @@ fn documents_name_only_what_is_there_and_readme_names_all_of_it() {
     let names = of_pair.and(of_watch);
     let families = names.families();
     let readme = file("README.md");
-    for path in ["README.md", "docs/runbook.md", "docs/evidence.md", "docs/states.md"] {
+    for path in ["README.md", "docs/runbook.md", "docs/evidence.md", "docs/ebpf.md", "docs/states.md"] {
         let text = file(path);
         let unknown: Vec<_> =
             metrics_in(&text).into_iter().filter(|m| !families.contains(m) && !names.0.contains_key(*m)).collect();

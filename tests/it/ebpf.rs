@@ -277,19 +277,23 @@ fn what_only_the_loading_needed_is_given_up() {
     }
 }
 
-/// What a short run says of its observer, by `auto`.
-fn observer_of(process: Echoscope) -> (String, Value) {
+/// What a short run says of its observer, by `auto`: which it is, why it is not eBPF, in one word and in one line.
+fn observer_of(process: Echoscope) -> (String, String, Value) {
     let metrics = process.metrics();
     let used = ["ebpf", "sock_diag", "procfs"]
         .into_iter()
         .find(|name| metrics.series("echoscope_observer_info", &[("observer", name)]).eq([1.0]))
         .unwrap();
+    let why: Vec<_> = ["not_asked_for", "not_permitted", "no_types", "no_namespace", "no_netlink", "refused"]
+        .into_iter()
+        .filter(|why| metrics.sum("echoscope_observer_unavailable", &[("observer", "ebpf"), ("reason", why)]) == 1.0)
+        .collect();
     process.signal("TERM");
     let (_, _, lines) = process.wait();
     let said: Vec<_> =
         lines.into_iter().filter(|l| l["message"] == "no eBPF: changes are read, not announced").collect();
     let [line] = &said[..] else { panic!("one line, not {said:#?}") };
-    (used.to_owned(), line.clone())
+    (used.to_owned(), why.concat(), line.clone())
 }
 
 fn auto() -> Command {
@@ -302,8 +306,10 @@ fn auto() -> Command {
 #[test]
 fn where_a_sandbox_refuses_it_one_line_says_so() {
     let refused = spawn_refusing(auto(), libc::SYS_bpf, Vec::new());
-    let (used, line) = observer_of(refused);
+    let (used, why, line) = observer_of(refused);
     assert_eq!((used.as_str(), &line["level"]), ("sock_diag", &"INFO".into()));
+    // Who lacks the capabilities does not even try.
+    assert!(["refused", "not_permitted"].contains(&why.as_str()), "{why}: {line}");
 }
 
 #[test]
@@ -313,8 +319,8 @@ fn without_the_capabilities_one_line_says_so() {
     let mut command = Command::new("setpriv");
     command.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]).arg(inner.get_program());
     command.args(inner.get_args()).env("ECHOSCOPE_OBSERVER", "auto");
-    let (used, line) = observer_of(Echoscope::spawn(&mut command));
-    assert_eq!(used, "sock_diag");
+    let (used, why, line) = observer_of(Echoscope::spawn(&mut command));
+    assert_eq!((used.as_str(), why.as_str()), ("sock_diag", "not_permitted"));
     assert_eq!(line["reason"], "not permitted: it takes CAP_BPF and CAP_PERFMON");
 }
 
@@ -348,4 +354,49 @@ fn two_capabilities_are_enough() {
         let over = [("role", "server"), ("from", "last_ack"), ("to", "close"), ("evidence", "tracepoint")];
         (metrics.sum("echoscope_tcp_transitions_total", &over) == 1.0).then_some(())
     });
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn of_others_too_every_open_every_end_and_its_cause_is_told() {
+    let port = quiet_port();
+    let name = port.to_string();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let before = connected(&listener, 1);
+    let watch = Echoscope::start(&["watch", "--observer", "ebpf", "--port", &name, "--remote-port", &name]);
+    watch.message("watching every listener of this network namespace");
+    // Shorter than any reading: by the table alone, one that its own side resets has forgotten whose it was.
+    for number in 0..300 {
+        let (client, server) = connected(&listener, 1).remove(0);
+        if number % 3 == 0 {
+            SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        }
+        let (first, second) = if number % 3 == 1 { (server, client) } else { (client, server) };
+        drop(first);
+        drop(second);
+    }
+    drop(before);
+    let count = |metrics: &crate::support::Metrics, name: &str, role: &str, cause: Option<&str>| {
+        let mut labels = vec![("role", role), ("port", port.to_string().leak() as &str)];
+        labels.extend(cause.map(|cause| ("cause", cause)));
+        metrics.series(name, &labels).sum::<f64>()
+    };
+    until("every end", || {
+        let metrics = watch.metrics();
+        let ended = |role| count(&metrics, "echoscope_sockets_ended_total", role, None);
+        (ended("client") == 301.0 && ended("server") == 301.0).then_some(())
+    });
+    until("every open and close in a reading", || {
+        let metrics = watch.metrics();
+        let of = |name, role| count(&metrics, name, role, None);
+        let told = ["client", "server"]
+            .map(|role| (of("echoscope_sockets_opened_total", role), of("echoscope_sockets_closed_total", role)));
+        (told == [(300.0, 301.0); 2]).then_some(())
+    });
+    let metrics = watch.metrics();
+    let ended = |role, cause| count(&metrics, "echoscope_sockets_ended_total", role, Some(cause));
+    // Reset by the client; closed first by the server; closed first by the client, the one from before among them.
+    let told = ["abort", "reset", "ack", "peer_fin"].map(|cause| (ended("client", cause), ended("server", cause)));
+    assert_eq!(told, [(100.0, 0.0), (0.0, 100.0), (100.0, 101.0), (101.0, 100.0)]);
+    assert_eq!(metrics.sum("echoscope_observer_lost_events_total", &[]), 0.0);
 }

@@ -37,6 +37,9 @@ fn whole_lives_by_text() {
         (waiting == 20.0).then_some(metrics)
     });
     assert_eq!(metrics.sum("echoscope_observer_info", &[("observer", "procfs")]), 1.0);
+    let refused = [("observer", "sock_diag"), ("reason", "refused")];
+    assert_eq!(metrics.sum("echoscope_observer_unavailable", &refused), 1.0);
+    assert_eq!(metrics.sum("echoscope_observer_unavailable", &[("observer", "ebpf")]), 1.0, "and why it is not eBPF");
     metrics.assert_nothing_lost();
     let lives = until("20 lives in TIME_WAIT in the log", || {
         let lives = lives(&pair.lines());

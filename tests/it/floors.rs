@@ -14,6 +14,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("watch", 2),
     ("conn", 1),
     ("afterlife", 1),
+    ("lives", 1),
     ("census", 1),
     ("survey", 1),
     ("source", 1),

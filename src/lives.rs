@@ -3,31 +3,33 @@
 //! Pure: events and time come in as arguments, what they prove goes out through `tell`. Must not know: where events come
 //! from, or what becomes of what is told.
 
-use std::collections::{HashMap, VecDeque};
+mod meaning;
+
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
-use super::meaning::{self, ABORT_ON_DATA, Meaning};
 use crate::kernel::tracepoints::{Event, Kind};
 use crate::kernel::{Row, TIME_WAIT};
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
+use meaning::{ABORT_ON_DATA, Meaning};
 
 /// How long an event may take from one CPU to us after a later one from another: what a second event would change is
 /// decided after that.
-pub(super) const SETTLED: Duration = Duration::from_millis(2);
+pub(crate) const SETTLED: Duration = Duration::from_millis(2);
 
 /// How long a connection may go without the local port that connect(2) finds after SYN_SENT is entered.
-pub(super) const NAMELESS: Duration = Duration::from_millis(5);
+pub(crate) const NAMELESS: Duration = Duration::from_millis(5);
 
 /// How long it may go without one before it is given up.
 const GIVEN_UP: Duration = Duration::from_secs(2);
 
 /// From when on a handshake that is not complete has a life of its own. Most are complete sooner, and their life is the
 /// connection's.
-pub(super) const LONG: Duration = Duration::from_millis(200);
+pub(crate) const LONG: Duration = Duration::from_millis(200);
 
 /// What there is to tell of one life.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Said<'a> {
+pub(crate) enum Said<'a> {
     /// It begins for us, in this state.
     Begins(State, Duration),
     /// It moves.
@@ -39,11 +41,11 @@ pub(super) enum Said<'a> {
     },
 }
 
-/// Which role and port a connection is of, if it is any of ours.
-pub(super) type Which = Box<dyn Fn(&Flow) -> Option<(Role, u16)> + Send>;
+/// Which role and port a connection is of, if it is any of ours; the role is given where its birth tells it.
+pub(crate) type Which = Box<dyn Fn(&Flow, Option<Role>) -> Option<(Role, u16)> + Send>;
 
 /// Everybody who is alive.
-pub(super) struct Lives {
+pub(crate) struct Lives {
     which: Which,
     timers: bool,
     living: HashMap<u64, Living>,
@@ -85,7 +87,7 @@ struct Request {
 
 impl Lives {
     /// Nobody. With `timers`, minisockets and requests are told of by events.
-    pub(super) fn new(which: Which, timers: bool) -> Lives {
+    pub(crate) fn new(which: Which, timers: bool) -> Lives {
         Lives {
             which,
             timers,
@@ -99,7 +101,7 @@ impl Lives {
     }
 
     /// Takes note of an event.
-    pub(super) fn hear(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn hear(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         match event.kind {
             Kind::Changed { from, to } => self.changed(event, from, to, tell),
             Kind::Armed(state) => {
@@ -178,7 +180,7 @@ impl Lives {
     }
 
     fn sends_syn(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
-        let Some((role, port)) = (self.which)(&event.flow) else { return };
+        let Some((role, port)) = (self.which)(&event.flow, Some(Role::Client)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         let mut living = Living::new(id, Lifecycle::client(event.at));
         if event.flow.local.port() == 0 {
@@ -196,7 +198,7 @@ impl Lives {
         if self.living.contains_key(&event.cookie) {
             return;
         }
-        let Some((role, port)) = (self.which)(&event.flow) else { return };
+        let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         let at = request.map_or(event.at, |request| request.at);
         let mut living = Living::new(id, Lifecycle::accepted(at));
@@ -216,7 +218,7 @@ impl Lives {
             if matches!(event.kind, Kind::Disarmed { .. }) {
                 return None;
             }
-            let (role, port) = (self.which)(&event.flow)?;
+            let (role, port) = (self.which)(&event.flow, None)?;
             let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
             tell(&id, Said::Begins(state, event.at));
             self.living.insert(event.cookie, Living::new(id, Lifecycle::found(role, state, None, event.at)));
@@ -235,7 +237,7 @@ impl Lives {
     }
 
     /// Decides what waited for a second event that has not come.
-    pub(super) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let due = |at: Duration| now.saturating_sub(at) >= SETTLED;
         for cookie in std::mem::take(&mut self.undecided) {
             let Some(living) = self.living.get_mut(&cookie) else { continue };
@@ -269,7 +271,7 @@ impl Lives {
     }
 
     /// When to look again, although nothing happens: something waits to be decided, or to be named.
-    pub(super) fn next(&self, now: Duration) -> Option<Duration> {
+    pub(crate) fn next(&self, now: Duration) -> Option<Duration> {
         let decided = (!self.undecided.is_empty() || !self.stopped.is_empty()).then_some(SETTLED);
         let named = (!self.nameless.is_empty()).then_some(NAMELESS);
         let long = self.requests.values().filter(|r| r.cookie.is_none()).map(|r| r.at).min();
@@ -278,7 +280,7 @@ impl Lives {
     }
 
     /// Whether the kernel's table must be asked for names: of connections without a local port, and of long handshakes.
-    pub(super) fn wants_names(&mut self, now: Duration) -> bool {
+    pub(crate) fn wants_names(&mut self, now: Duration) -> bool {
         let old = |at: Duration, limit| now.saturating_sub(at) >= limit;
         let living = &mut self.living;
         self.nameless.retain(|cookie| match living.get(cookie).map(|l| l.nameless) {
@@ -292,7 +294,7 @@ impl Lives {
     }
 
     /// What the table says of a connection in SYN_SENT or SYN_RECV.
-    pub(super) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let Some(cookie) = row.cookie else { return };
         if let Some(living) = self.living.get_mut(&cookie) {
             if let Some(since) = living.nameless
@@ -306,7 +308,7 @@ impl Lives {
         if request.cookie.is_some() || request.stopped.is_some() || now.saturating_sub(request.at) < LONG {
             return;
         }
-        let Some((role, port)) = (self.which)(&row.flow) else { return };
+        let Some((role, port)) = (self.which)(&row.flow, Some(Role::Server)) else { return };
         let at = request.at;
         request.cookie = Some(cookie);
         let id = Identity { cookie, role, port, flow: row.flow };
@@ -318,7 +320,7 @@ impl Lives {
 
     /// Takes in a socket that the table shows and that no event has told of: it was there before us, or its events were
     /// lost.
-    pub(super) fn found(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn found(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let (Some(cookie), state) = (row.cookie, row.state.shown()) else { return };
         if matches!(state, State::Listen | State::Close) {
             return;
@@ -333,7 +335,7 @@ impl Lives {
             living.ending = None;
             return living.see(now, state, Evidence::SockDiag, &Known::default(), tell);
         }
-        let Some((role, port)) = (self.which)(&row.flow) else { return };
+        let Some((role, port)) = (self.which)(&row.flow, None) else { return };
         // TIME_WAIT's clock tells when it began; nothing else does.
         let since = (state == State::TimeWait).then(|| now.saturating_sub(TIME_WAIT.saturating_sub(row.expires)));
         let id = Identity { cookie, role, port, flow: row.flow };
@@ -346,20 +348,25 @@ impl Lives {
         self.living.insert(cookie, living);
     }
 
+    /// Whether there are minisockets in FIN_WAIT2.
+    pub(crate) fn has_orphans(&self) -> bool {
+        !self.orphans.is_empty()
+    }
+
     /// The next `most` minisockets in FIN_WAIT2 that are to be looked up; whoever still is one then is to be kept.
-    pub(super) fn orphans(&mut self, most: usize) -> Vec<Identity> {
+    pub(crate) fn orphans(&mut self, most: usize) -> Vec<Identity> {
         let due = self.orphans.drain(..most.min(self.orphans.len()));
         let living = &self.living;
         let still = due.filter_map(|cookie| living.get(&cookie).filter(|l| l.mini == Some(State::FinWait2)));
         still.map(|living| living.id).collect()
     }
 
-    pub(super) fn keep_orphan(&mut self, cookie: u64) {
+    pub(crate) fn keep_orphan(&mut self, cookie: u64) {
         self.orphans.push_back(cookie);
     }
 
     /// Takes note that the kernel has this one no more.
-    pub(super) fn vanished(&mut self, cookie: u64, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
+    pub(crate) fn vanished(&mut self, cookie: u64, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         if let Some(living) = self.living.get_mut(&cookie) {
             let expired =
                 living.life.state() == State::TimeWait && now.saturating_sub(living.life.since()) >= TIME_WAIT;
@@ -369,26 +376,56 @@ impl Lives {
         }
     }
 
+    /// Holds everybody against a reading of the table that was made after the kernel began to tell, or after it had no room
+    /// to: `newer` are those of whom there is later news. Who was `known` before the reading and is not in it is looked up
+    /// by `find`: absence is only believed of a lookup.
+    ///
+    /// # Errors
+    /// What `find` says.
+    pub(crate) fn reconcile<E>(
+        &mut self,
+        known: &[Identity],
+        rows: &[Row],
+        newer: &HashSet<u64>,
+        now: Duration,
+        mut find: impl FnMut(&Identity) -> Result<Option<Row>, E>,
+        tell: &mut impl FnMut(&Identity, Said<'_>),
+    ) -> Result<(), E> {
+        // A descriptor that is still open shows as CLOSE beside its own TIME_WAIT.
+        let open = rows.iter().filter(|row| row.state != State::Close);
+        let shown: HashMap<u64, &Row> = open.filter_map(|row| Some((row.cookie?, row))).collect();
+        for (_, row) in shown.iter().filter(|(cookie, _)| !newer.contains(cookie)) {
+            self.found(row, now, tell);
+        }
+        for id in known.iter().filter(|id| !shown.contains_key(&id.cookie) && !newer.contains(&id.cookie)) {
+            match find(id)? {
+                Some(row) => self.found(&row, now, tell),
+                None => self.vanished(id.cookie, now, tell),
+            }
+        }
+        Ok(())
+    }
+
     /// The descriptor is closed. Returns whether the connection goes on in the kernel.
-    pub(super) fn departs(&mut self, cookie: u64) -> bool {
+    pub(crate) fn departs(&mut self, cookie: u64) -> bool {
         let Some(living) = self.living.get_mut(&cookie) else { return false };
         living.departed = true;
         true
     }
 
     /// Where somebody is, and since when.
-    pub(super) fn state(&self, cookie: u64) -> Option<(State, Duration)> {
+    pub(crate) fn state(&self, cookie: u64) -> Option<(State, Duration)> {
         let living = self.living.get(&cookie)?;
         Some((living.life.state(), living.life.since()))
     }
 
     /// The name and state of everybody who has a name.
-    pub(super) fn each(&self) -> impl Iterator<Item = (&Identity, State)> {
+    pub(crate) fn each(&self) -> impl Iterator<Item = (&Identity, State)> {
         self.living.values().filter(|l| l.nameless.is_none()).map(|living| (&living.id, living.life.state()))
     }
 
     /// Forgets handshakes of which nobody would tell any more: events were lost.
-    pub(super) fn forget_requests(&mut self) {
+    pub(crate) fn forget_requests(&mut self) {
         self.requests.clear();
         self.stopped.clear();
     }
@@ -450,4 +487,277 @@ impl Living {
 /// A request of an IPv4 client to a dual-stack listener has IPv4 addresses, its socket mapped ones.
 fn key(flow: &Flow) -> Flow {
     flow.canonical().unscoped()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::timer;
+    use State::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// What was told, a line for each thing.
+    #[derive(Default)]
+    struct Heard(Vec<String>);
+
+    impl Heard {
+        fn tell(&mut self, id: &Identity, said: Said<'_>) {
+            let name = format!("{}{}", if id.role == Role::Client { 'c' } else { 's' }, id.cookie);
+            match said {
+                Said::Begins(state, at) => self.0.push(format!("{name} begins {state} {}", at.as_millis())),
+                Said::Moves(transitions) => self.0.extend(transitions.iter().map(|t| {
+                    let cause = t.cause.map_or(String::new(), |cause| format!(" {}", cause.label()));
+                    let stay = t.after.map_or(String::new(), |after| format!(" after {}", after.as_millis()));
+                    let evidence = if t.evidence == Evidence::Tracepoint { "" } else { t.evidence.label() };
+                    format!("{name} {} → {}{cause}{stay} {evidence}", t.from, t.to).trim_end().to_owned()
+                })),
+                Said::Ends { departed } => self.0.push(format!("{name} ends, departed {departed}")),
+            }
+        }
+
+        fn take(&mut self) -> Vec<String> {
+            std::mem::take(&mut self.0)
+        }
+    }
+
+    fn lives(timers: bool) -> Lives {
+        let which = |flow: &Flow, _| {
+            let server = flow.local.port() == 7007;
+            Some(if server { (Role::Server, 7007) } else { (Role::Client, flow.peer.port()) })
+        };
+        Lives::new(Box::new(which), timers)
+    }
+
+    fn flow(server: bool, port: u16) -> Flow {
+        let (ours, theirs) = (format!("127.0.0.1:{port}").parse().unwrap(), "127.0.0.1:7007".parse().unwrap());
+        if server { Flow { local: theirs, peer: ours } } else { Flow { local: ours, peer: theirs } }
+    }
+
+    fn event(cookie: u64, at: u64, flow: Flow, kind: Kind) -> Event {
+        Event {
+            cookie,
+            at: ms(at),
+            flow,
+            kind,
+            era: 0,
+            error: 0,
+            done: false,
+            orphan: false,
+            lingers_not: false,
+            reset: false,
+            closing: false,
+        }
+    }
+
+    fn changed(cookie: u64, at: u64, from: State, to: State) -> Event {
+        event(cookie, at, flow(cookie >= 100, 40_000), Kind::Changed { from, to })
+    }
+
+    fn row(cookie: u64, state: State, expires: u64) -> Row {
+        Row {
+            state,
+            flow: flow(cookie >= 100, 40_000),
+            cookie: Some(cookie),
+            timer: if state == TimeWait { timer::TIME_WAIT } else { 0 },
+            retransmits: 0,
+            expires: ms(expires),
+            receive_queue: 0,
+            send_queue: None,
+            inode: 0,
+            last_ack: None,
+        }
+    }
+
+    fn hear(lives: &mut Lives, events: &[Event]) -> Vec<String> {
+        let mut heard = Heard::default();
+        for event in events {
+            lives.hear(event, &mut |id, said| heard.tell(id, said));
+        }
+        heard.take()
+    }
+
+    fn settle(lives: &mut Lives, now: u64) -> Vec<String> {
+        let mut heard = Heard::default();
+        lives.settle(ms(now), &mut |id, said| heard.tell(id, said));
+        heard.take()
+    }
+
+    #[test]
+    fn a_clients_first_step_is_told_when_its_port_is_known() {
+        let mut lives = lives(true);
+        let nameless = event(1, 10, flow(false, 0), Kind::Changed { from: Close, to: SynSent });
+        assert!(hear(&mut lives, &[nameless]).is_empty());
+        assert_eq!(
+            hear(&mut lives, &[changed(1, 12, SynSent, Established)]),
+            ["c1 begins CLOSED 10", "c1 CLOSED → SYN_SENT connect", "c1 SYN_SENT → ESTABLISHED syn_ack after 2"]
+        );
+        // The other way: the table tells it.
+        let nameless = event(2, 20, flow(false, 0), Kind::Changed { from: Close, to: SynSent });
+        hear(&mut lives, &[nameless]);
+        assert!(!lives.wants_names(ms(21)) && lives.wants_names(ms(30)));
+        let mut heard = Heard::default();
+        lives.named(&row(2, SynSent, 0), ms(30), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["c2 begins CLOSED 20", "c2 CLOSED → SYN_SENT connect"]);
+        assert!(!lives.wants_names(ms(40)));
+    }
+
+    #[test]
+    fn without_a_port_nothing_was_sent_and_nothing_is_told() {
+        let mut lives = lives(true);
+        let without = |from, to| event(1, 10, flow(false, 0), Kind::Changed { from, to });
+        assert!(hear(&mut lives, &[without(Close, SynSent), without(SynSent, Close)]).is_empty());
+        assert_eq!(lives.each().count(), 0);
+        // Its end was lost: it is not asked for for ever.
+        hear(&mut lives, &[without(Close, SynSent)]);
+        assert!(!lives.wants_names(ms(5000)) && lives.living.is_empty());
+    }
+
+    #[test]
+    fn time_wait_is_told_by_its_timer_and_ends_by_it() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+        hear(&mut lives, &[changed(1, 3, Established, FinWait1), changed(1, 4, FinWait1, FinWait2)]);
+        let timer = |at, kind| event(1, at, flow(false, 40_000), kind);
+        assert_eq!(
+            hear(&mut lives, &[timer(6, Kind::Armed(TimeWait)), changed(1, 6, FinWait2, Close)]),
+            ["c1 FIN_WAIT2 → TIME_WAIT peer_fin after 2"]
+        );
+        assert!(lives.departs(1));
+        // A repeated FIN: its clock starts anew.
+        assert!(
+            hear(&mut lives, &[timer(50, Kind::Disarmed { expired: false }), timer(50, Kind::Armed(TimeWait))])
+                .is_empty()
+        );
+        assert!(settle(&mut lives, 60).is_empty());
+        assert_eq!(
+            hear(&mut lives, &[timer(60_006, Kind::Disarmed { expired: true })]),
+            ["c1 TIME_WAIT → CLOSED expired after 60000", "c1 ends, departed true"]
+        );
+    }
+
+    #[test]
+    fn a_time_wait_that_is_stopped_and_not_started_anew_is_gone() {
+        let mut lives = lives(true);
+        let mut heard = Heard::default();
+        lives.found(&row(1, TimeWait, 20_000), ms(100_000), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["c1 begins TIME_WAIT 60000"]);
+        hear(&mut lives, &[event(1, 100_010, flow(false, 40_000), Kind::Disarmed { expired: false })]);
+        assert!(settle(&mut lives, 100_011).is_empty(), "the next event may start it anew");
+        assert_eq!(settle(&mut lives, 100_012), ["c1 TIME_WAIT → CLOSED after 40010", "c1 ends, departed false"]);
+    }
+
+    #[test]
+    fn a_servers_syn_recv_lasts_from_its_request_on() {
+        let mut lives = lives(true);
+        let request = |at, kind| event(0, at, flow(true, 40_000), kind);
+        let told = hear(
+            &mut lives,
+            &[
+                request(10, Kind::Requested),
+                changed(100, 30, Listen, SynRecv),
+                request(30, Kind::Unrequested { expired: false }),
+                changed(100, 31, SynRecv, Established),
+                changed(100, 40, Established, CloseWait),
+                changed(100, 50, CloseWait, LastAck),
+                changed(100, 51, LastAck, Close),
+            ],
+        );
+        assert_eq!(
+            told,
+            [
+                "s100 begins LISTEN 10",
+                "s100 LISTEN → SYN_RECV syn",
+                "s100 SYN_RECV → ESTABLISHED ack after 21",
+                "s100 ESTABLISHED → CLOSE_WAIT peer_fin after 9",
+                "s100 CLOSE_WAIT → LAST_ACK shutdown after 10",
+                "s100 LAST_ACK → CLOSED ack after 1",
+                "s100 ends, departed false",
+            ]
+        );
+        assert!(settle(&mut lives, 100).is_empty() && lives.requests.is_empty());
+    }
+
+    #[test]
+    fn a_handshake_that_takes_long_has_a_life_and_an_end() {
+        let mut lives = lives(true);
+        let request = |at, kind| event(0, at, flow(true, 40_000), kind);
+        hear(&mut lives, &[request(10, Kind::Requested)]);
+        assert!(!lives.wants_names(ms(100)) && lives.wants_names(ms(300)));
+        let mut heard = Heard::default();
+        lives.named(&row(100, SynRecv, 0), ms(300), &mut |id, said| heard.tell(id, said));
+        assert_eq!(heard.take(), ["s100 begins LISTEN 10", "s100 LISTEN → SYN_RECV syn"]);
+        // The SYN+ACK is repeated: the clock has run down and starts anew.
+        hear(&mut lives, &[request(1000, Kind::Unrequested { expired: true }), request(1000, Kind::Requested)]);
+        assert!(settle(&mut lives, 2000).is_empty());
+        hear(&mut lives, &[request(60_000, Kind::Unrequested { expired: true })]);
+        assert_eq!(
+            settle(&mut lives, 60_100),
+            ["s100 SYN_RECV → CLOSED timeout after 59990", "s100 ends, departed false"]
+        );
+    }
+
+    #[test]
+    fn a_reset_that_we_sent_ourselves_is_ours() {
+        for (reason, cause) in [(None, "reset"), (Some(ABORT_ON_DATA), "abort"), (Some(11), "reset")] {
+            let mut lives = lives(true);
+            hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+            hear(&mut lives, &[changed(1, 3, Established, FinWait1)]);
+            let end = Event { error: 104, reset: true, orphan: true, ..changed(1, 5, FinWait1, Close) };
+            assert!(hear(&mut lives, &[end]).is_empty(), "the next event may say more");
+            if let Some(reason) = reason {
+                hear(&mut lives, &[event(1, 5, flow(false, 40_000), Kind::ResetSent(reason))]);
+            }
+            assert_eq!(
+                settle(&mut lives, 8),
+                [format!("c1 FIN_WAIT1 → CLOSED {cause} after 2"), "c1 ends, departed false".to_owned()]
+            );
+        }
+    }
+
+    #[test]
+    fn who_was_there_before_is_where_his_first_event_says() {
+        let mut lives = lives(true);
+        let told = hear(&mut lives, &[changed(100, 10, Established, CloseWait)]);
+        assert_eq!(told, ["s100 begins ESTABLISHED 10", "s100 ESTABLISHED → CLOSE_WAIT peer_fin"]);
+    }
+
+    #[test]
+    fn what_was_lost_is_looked_up() {
+        let mut lives = lives(true);
+        let mut heard = Heard::default();
+        for cookie in 1..=3 {
+            hear(&mut lives, &[changed(cookie, 1, Close, SynSent), changed(cookie, 2, SynSent, Established)]);
+        }
+        let known: Vec<Identity> = lives.each().map(|(id, _)| *id).collect();
+        // 1 has moved on, 2 is gone, of 3 there is later news, and 4 is new.
+        let rows = [row(1, FinWait2, 0), row(3, FinWait1, 0), row(4, Established, 0)];
+        let gone = |_: &Identity| Ok::<_, ()>(None);
+        let newer = HashSet::from([3]);
+        lives.reconcile(&known, &rows, &newer, ms(50), gone, &mut |id, said| heard.tell(id, said)).unwrap();
+        let mut told = heard.take();
+        told.sort();
+        assert_eq!(
+            told,
+            [
+                "c1 ESTABLISHED → FIN_WAIT1 shutdown inferred",
+                "c1 FIN_WAIT1 → FIN_WAIT2 ack sock_diag",
+                "c2 ESTABLISHED → CLOSED sock_diag",
+                "c2 ends, departed false",
+                "c4 begins ESTABLISHED 50",
+            ]
+        );
+    }
+
+    #[test]
+    fn without_timers_the_sockets_own_marks_say_time_wait() {
+        let mut lives = lives(false);
+        hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+        hear(&mut lives, &[changed(1, 3, Established, FinWait1), changed(1, 4, FinWait1, FinWait2)]);
+        let end = Event { done: true, ..changed(1, 5, FinWait2, Close) };
+        assert_eq!(hear(&mut lives, &[end]), ["c1 FIN_WAIT2 → TIME_WAIT peer_fin after 1"]);
+        assert_eq!(lives.state(1).map(|(state, _)| state), Some(TimeWait));
+    }
 }

@@ -8,11 +8,11 @@ use crate::tcp::{Cause, State};
 
 /// SK_RST_REASON_TCP_ABORT_ON_DATA (include/net/rstreason.h): data came for an application that had closed, and we sent a
 /// RST. The kernel takes its own socket through `tcp_reset` then, as if one had come in.
-pub(super) const ABORT_ON_DATA: u8 = 8;
+pub(crate) const ABORT_ON_DATA: u8 = 8;
 
 /// Where a full socket's change leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Meaning {
+pub(crate) enum Meaning {
     /// To this state, for this reason, where there is something to say beyond what the arrow itself says.
     Is(State, Option<Cause>),
     /// To CLOSED, by a RST; whether it came in or went out shows a moment later.
@@ -21,7 +21,7 @@ pub(super) enum Meaning {
 
 /// What it means that a full socket went from `from` to `to`, and was not seen to go on as a minisocket. Without `timers`
 /// nobody sees that, and the socket's own marks must tell.
-pub(super) fn of(event: &Event, from: State, to: State, timers: bool) -> Meaning {
+pub(crate) fn of(event: &Event, from: State, to: State, timers: bool) -> Meaning {
     match to {
         State::Close => end(event, from, timers),
         // close(2) and shutdown(2) take the same arrow.

@@ -1,0 +1,190 @@
+//! What the kernel announces of everybody's connections (eBPF): each change, with its time and its cause, between the readings
+//! of the table.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::{Port, Selection, Service};
+use crate::journal;
+use crate::kernel::tracepoints::{Alarm, Kind, Losses, Tracepoints};
+use crate::kernel::{Row, Table, TableError, Wanted, clock};
+use crate::lives::{Lives, Said};
+use crate::log::OnceAMinute;
+use crate::metrics::SurveyMetrics;
+use crate::tcp::{Flow, Identity, Role, State, StateSet};
+
+/// How often the table is asked for the names of those who have none.
+const NAMES: Duration = Duration::from_millis(50);
+
+/// The ports on which somebody listens, or did as long as connections are left.
+type Served = Arc<Mutex<BTreeSet<u16>>>;
+
+pub(super) struct Announced {
+    tracepoints: Tracepoints,
+    lives: Lives,
+    served: Served,
+    ears: Ears,
+    losses: Losses,
+    /// A reading under way that everybody is held against, and who was known before it.
+    reading: Option<(Vec<Identity>, Vec<Row>)>,
+    /// The next reading must be such a one.
+    stale: bool,
+    next_names: Duration,
+    warned: OnceAMinute,
+}
+
+/// Where what is told goes to.
+struct Ears {
+    selection: Selection,
+    metrics: Arc<SurveyMetrics>,
+    /// Opened and closed.
+    totals: HashMap<Service, (u64, u64)>,
+}
+
+impl Announced {
+    /// Everything that `tracepoints` tell of the namespace.
+    pub(super) fn new(tracepoints: Tracepoints, selection: Selection, metrics: Arc<SurveyMetrics>) -> Announced {
+        let served = Served::default();
+        let listens = Arc::clone(&served);
+        let which = Box::new(move |flow: &Flow, born: Option<Role>| {
+            let local = flow.local.port();
+            let role =
+                born.unwrap_or_else(|| if lock(&listens).contains(&local) { Role::Server } else { Role::Client });
+            Some((role, if role == Role::Server { local } else { flow.peer.port() }))
+        });
+        Announced {
+            lives: Lives::new(which, tracepoints.tells_of_timers()),
+            tracepoints,
+            served,
+            ears: Ears { selection, metrics, totals: HashMap::new() },
+            losses: Losses::default(),
+            reading: None,
+            // Whoever is there already is in the first one.
+            stale: true,
+            next_names: Duration::ZERO,
+            warned: OnceAMinute::default(),
+        }
+    }
+
+    /// What rings when there is something to hear; to be asked for within the event loop.
+    pub(super) fn alarm(&self) -> std::io::Result<Alarm> {
+        self.tracepoints.alarm()
+    }
+
+    /// When to listen again although nothing rings.
+    pub(super) fn next(&self) -> Option<Duration> {
+        self.lives.next(clock::monotonic())
+    }
+
+    /// Takes in what was announced.
+    pub(super) fn hear(&mut self, table: &mut Table) -> Result<(), TableError> {
+        let (lives, ears, served) = (&mut self.lives, &mut self.ears, &self.served);
+        self.tracepoints.drain(|event| {
+            if let Kind::Changed { to: State::Listen, .. } = event.kind {
+                lock(served).insert(event.flow.local.port());
+            }
+            lives.hear(event, &mut |id, said| ears.tell(id, said));
+        });
+        let now = clock::monotonic();
+        lives.settle(now, &mut |id, said| ears.tell(id, said));
+        if now >= self.next_names && lives.wants_names(now) {
+            self.next_names = now + NAMES;
+            let handshakes = Wanted::new(StateSet::of(&[State::SynSent, State::SynRecv]), &[], &[]);
+            table.each(&handshakes, |row| lives.named(row, now, &mut |id, said| ears.tell(id, said)))?;
+        }
+        Ok(())
+    }
+
+    /// How many of a service's connections were opened and closed since the survey began.
+    pub(super) fn totals(&self, service: Service) -> (u64, u64) {
+        self.ears.totals.get(&service).copied().unwrap_or_default()
+    }
+
+    /// A reading of the table begins, in which these ports are served.
+    pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) {
+        *lock(&self.served) = served.collect();
+        if self.has_lost() || self.stale || !self.tracepoints.tells_of_timers() {
+            self.reading = Some((self.lives.each().map(|(id, _)| *id).collect(), Vec::new()));
+        }
+    }
+
+    /// A row of it.
+    pub(super) fn row(&mut self, row: &Row) {
+        if let Some((_, rows)) = &mut self.reading {
+            rows.push(*row);
+        } else if row.state == State::TimeWait
+            && self.lives.has_orphans()
+            && row.cookie.and_then(|cookie| self.lives.state(cookie)).is_some_and(|(s, _)| s == State::FinWait2)
+        {
+            // A minisocket that goes from FIN_WAIT2 to TIME_WAIT keeps its timer, and is not always announced.
+            let ears = &mut self.ears;
+            self.lives.found(row, clock::monotonic(), &mut |id, said| ears.tell(id, said));
+        }
+    }
+
+    /// It is over.
+    pub(super) fn reading_ends(&mut self, table: &mut Table) -> Result<(), TableError> {
+        let Some((known, rows)) = self.reading.take() else { return Ok(()) };
+        self.stale = true;
+        let (lives, ears) = (&mut self.lives, &mut self.ears);
+        let mut newer = HashSet::new();
+        self.tracepoints.drain(|event| {
+            newer.insert(event.cookie);
+            lives.hear(event, &mut |id, said| ears.tell(id, said));
+        });
+        let find = |id: &Identity| table.find(&id.flow, id.cookie);
+        lives.reconcile(&known, &rows, &newer, clock::monotonic(), find, &mut |id, said| ears.tell(id, said))?;
+        self.stale = false;
+        Ok(())
+    }
+
+    fn has_lost(&mut self) -> bool {
+        let Ok(losses) = self.tracepoints.losses() else {
+            self.ears.metrics.observer().errors.inc();
+            return false;
+        };
+        let new = (losses.ring + losses.missed).saturating_sub(self.losses.ring + self.losses.missed);
+        self.losses = losses;
+        if new == 0 {
+            return false;
+        }
+        self.ears.metrics.observer().lost_events.inc_by(new);
+        if let Some(times) = self.warned.due(clock::monotonic()) {
+            let Losses { ring, missed } = losses;
+            tracing::warn!(ring, missed, times, "kernel events were lost; every connection is looked up");
+        }
+        self.lives.forget_requests();
+        true
+    }
+}
+
+impl Ears {
+    fn tell(&mut self, id: &Identity, said: Said<'_>) {
+        let remote = |port| if self.selection.remote.contains(&port) { Port::Number(port) } else { Port::Other };
+        let port = if id.role == Role::Server { Port::Number(id.port) } else { remote(id.port) };
+        if !self.selection.takes(Service { role: id.role, port }) || self.selection.is_own(&id.flow) {
+            return;
+        }
+        let (opened, closed) = self.totals.entry(Service { role: id.role, port }).or_default();
+        let transitions = match said {
+            // connect(2), whatever becomes of it. What was there before begins in another state.
+            Said::Begins(State::Close, _) => return *opened += 1,
+            Said::Begins(..) | Said::Ends { .. } => return,
+            Said::Moves(transitions) => transitions,
+        };
+        for t in transitions.iter() {
+            // A handshake that a SYN began is a connection when it is complete.
+            let no_connection = id.role == Role::Server && t.from == State::SynRecv;
+            *opened += u64::from(no_connection && t.to != State::Close);
+            let ends = matches!(t.to, State::TimeWait | State::Close) && t.from != State::TimeWait;
+            *closed += u64::from(ends && !no_connection);
+            self.metrics.announced(id.role, &port.to_string(), t);
+        }
+        journal::whisper(id, transitions);
+    }
+}
+
+fn lock(served: &Served) -> std::sync::MutexGuard<'_, BTreeSet<u16>> {
+    served.lock().unwrap_or_else(PoisonError::into_inner)
+}
