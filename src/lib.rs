@@ -16,9 +16,9 @@
 //!    afterlife.rs   follows a connection after close(2): LAST_ACK, FIN_WAIT2, TIME_WAIT, really gone
 //!    census.rs      sockets counted by (role, port, state), one reading for any number of scrapers
 //!    survey.rs      the sockets of every listener in this namespace, whoever owns them
-//!    lives.rs       whole lives, driven by what the kernel itself announces (eBPF)
 //!    journal.rs     THE choke point: a transition in, its log line, counters, ledger entry and live event out
 //!    live.rs        what happens, in batches, for whoever looks
+//!    lives.rs       whole lives, driven by what the kernel itself announces (eBPF)
 //!    ledger.rs      who is alive, in which state since when; the last lives that ended
 //!    scope.rs       what this process looks at: its roles, their ports, its targets
 //!    metrics.rs     every metric, made once against its own registry

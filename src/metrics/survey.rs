@@ -36,10 +36,10 @@ pub struct SurveyMetrics {
     /// 1 while this process answers.
     pub ready: IntGauge,
     observer: ObserverMetrics,
-    unavailable: IntGaugeVec,
     /// Who looks at the live page.
     pub live: LiveMetrics,
     log_lost: IntCounter,
+    unavailable: IntGaugeVec,
     /// One scrape at a time writes the gauges and reads them back; who was there at the last one.
     scrape: Mutex<BTreeSet<(&'static str, String)>>,
 }
@@ -110,9 +110,9 @@ impl SurveyMetrics {
             ),
             ready,
             observer,
-            unavailable,
             live: LiveMetrics::new(&make),
             log_lost: log_lost.clone(),
+            unavailable,
             scrape: Mutex::default(),
             registry,
         }
