@@ -179,6 +179,10 @@ impl Afterlife {
         while self.0.shared.unseen.load(Ordering::Acquire) > 0 && !self.is_gone() {
             tokio::time::sleep(GATHER).await;
         }
+        if self.0.hears {
+            // What a second event may change is told a moment later.
+            tokio::time::sleep(GATHER * 3).await;
+        }
     }
 
     /// Waits until the kernel has let go of every connection that was closed.

@@ -114,19 +114,17 @@ impl Lives {
                     self.orphans.push_back(event.cookie);
                 }
             }
-            Kind::Disarmed { expired } => {
-                let Some(living) = self.of(event, State::TimeWait, tell) else { return };
+            Kind::Disarmed { state, expired } => {
+                let Some(living) = self.of(event, state, tell) else { return };
+                // Stopped to be started anew, or for good; the same when it has run down: the timer is late by up to two
+                // seconds, and a FIN that is repeated then starts it anew, too.
                 let cause = expired.then_some(Cause::Expired);
-                if expired {
-                    living.observe(event.at, State::Close, cause, tell);
-                    return self.bury(event.cookie, tell);
-                }
-                // Stopped to be started anew, or for good.
                 living.ending = Some(Ending { at: event.at, cause });
                 self.undecided.push(event.cookie);
             }
             Kind::Requested => {
-                let request = Request { at: event.at, cookie: None, stopped: None };
+                let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
+                let request = Request { at: event.at, cookie: life, stopped: None };
                 self.requests.entry(key(&event.flow)).or_insert(request).stopped = None;
             }
             Kind::Unrequested { expired } => {
@@ -153,6 +151,10 @@ impl Lives {
             (State::Close, State::SynSent) => return self.sends_syn(event, tell),
             (State::Listen, State::SynRecv) => return self.completes(event, tell),
             _ => {}
+        }
+        // Older kernels tell of a child only when it leaves SYN_RECV.
+        if from == State::SynRecv && !self.living.contains_key(&event.cookie) && event.cookie != 0 {
+            self.completes(event, tell);
         }
         let timers = self.timers;
         let Some(living) = self.of(event, from, tell) else { return };
@@ -297,6 +299,10 @@ impl Lives {
     pub(crate) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let Some(cookie) = row.cookie else { return };
         if let Some(living) = self.living.get_mut(&cookie) {
+            // Data in the SYN (RFC 7413): there is a socket before the handshake is complete.
+            if let Some(request) = self.requests.get_mut(&key(&row.flow)) {
+                request.cookie = Some(cookie);
+            }
             if let Some(since) = living.nameless
                 && row.flow.local.port() != 0
             {
@@ -343,6 +349,11 @@ impl Lives {
         living.mini = row.is_minisocket().then_some(state);
         if living.mini == Some(State::FinWait2) {
             self.orphans.push_back(cookie);
+        }
+        if state == State::SynRecv {
+            // Its end will be that of a request.
+            let request = Request { at: now, cookie: Some(cookie), stopped: None };
+            self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
         self.living.insert(cookie, living);
@@ -392,12 +403,14 @@ impl Lives {
         tell: &mut impl FnMut(&Identity, Said<'_>),
     ) -> Result<(), E> {
         // A descriptor that is still open shows as CLOSE beside its own TIME_WAIT.
-        let open = rows.iter().filter(|row| row.state != State::Close);
-        let shown: HashMap<u64, &Row> = open.filter_map(|row| Some((row.cookie?, row))).collect();
-        for (_, row) in shown.iter().filter(|(cookie, _)| !newer.contains(cookie)) {
+        let mut open: Vec<&Row> = rows.iter().filter(|row| row.state != State::Close && row.cookie.is_some()).collect();
+        // The oldest TIME_WAIT first: so that they are entered in their order.
+        open.sort_by_key(|row| row.expires);
+        let shown: HashSet<u64> = open.iter().filter_map(|row| row.cookie).collect();
+        for row in open.iter().filter(|row| row.cookie.is_some_and(|cookie| !newer.contains(&cookie))) {
             self.found(row, now, tell);
         }
-        for id in known.iter().filter(|id| !shown.contains_key(&id.cookie) && !newer.contains(&id.cookie)) {
+        for id in known.iter().filter(|id| !shown.contains(&id.cookie) && !newer.contains(&id.cookie)) {
             match find(id)? {
                 Some(row) => self.found(&row, now, tell),
                 None => self.vanished(id.cookie, now, tell),
@@ -424,9 +437,10 @@ impl Lives {
         self.living.values().filter(|l| l.nameless.is_none()).map(|living| (&living.id, living.life.state()))
     }
 
-    /// Forgets handshakes of which nobody would tell any more: events were lost.
+    /// Forgets handshakes of which nobody would tell any more: events were lost. Who has a life is looked up.
     pub(crate) fn forget_requests(&mut self) {
-        self.requests.clear();
+        let living = &self.living;
+        self.requests.retain(|_, request| request.cookie.is_some_and(|cookie| living.contains_key(&cookie)));
         self.stopped.clear();
     }
 
@@ -620,6 +634,7 @@ mod tests {
         let mut lives = lives(true);
         hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
         hear(&mut lives, &[changed(1, 3, Established, FinWait1), changed(1, 4, FinWait1, FinWait2)]);
+        let stopped = |expired| Kind::Disarmed { state: TimeWait, expired };
         let timer = |at, kind| event(1, at, flow(false, 40_000), kind);
         assert_eq!(
             hear(&mut lives, &[timer(6, Kind::Armed(TimeWait)), changed(1, 6, FinWait2, Close)]),
@@ -627,13 +642,16 @@ mod tests {
         );
         assert!(lives.departs(1));
         // A repeated FIN: its clock starts anew.
-        assert!(
-            hear(&mut lives, &[timer(50, Kind::Disarmed { expired: false }), timer(50, Kind::Armed(TimeWait))])
-                .is_empty()
-        );
+        assert!(hear(&mut lives, &[timer(50, stopped(false)), timer(50, Kind::Armed(TimeWait))]).is_empty());
         assert!(settle(&mut lives, 60).is_empty());
         assert_eq!(
-            hear(&mut lives, &[timer(60_006, Kind::Disarmed { expired: true })]),
+            {
+                // Also when it has run down, and its handler has not had its turn.
+                assert!(hear(&mut lives, &[timer(70, stopped(true)), timer(71, Kind::Armed(TimeWait))]).is_empty());
+                assert!(settle(&mut lives, 80).is_empty());
+                hear(&mut lives, &[timer(60_006, stopped(true))]);
+                settle(&mut lives, 60_010)
+            },
             ["c1 TIME_WAIT → CLOSED expired after 60000", "c1 ends, departed true"]
         );
     }
@@ -644,7 +662,7 @@ mod tests {
         let mut heard = Heard::default();
         lives.found(&row(1, TimeWait, 20_000), ms(100_000), &mut |id, said| heard.tell(id, said));
         assert_eq!(heard.take(), ["c1 begins TIME_WAIT 60000"]);
-        hear(&mut lives, &[event(1, 100_010, flow(false, 40_000), Kind::Disarmed { expired: false })]);
+        hear(&mut lives, &[event(1, 100_010, flow(false, 40_000), Kind::Disarmed { state: TimeWait, expired: false })]);
         assert!(settle(&mut lives, 100_011).is_empty(), "the next event may start it anew");
         assert_eq!(settle(&mut lives, 100_012), ["c1 TIME_WAIT → CLOSED after 40010", "c1 ends, departed false"]);
     }
@@ -715,6 +733,30 @@ mod tests {
                 [format!("c1 FIN_WAIT1 → CLOSED {cause} after 2"), "c1 ends, departed false".to_owned()]
             );
         }
+    }
+
+    #[test]
+    fn an_older_kernel_tells_of_a_child_when_it_leaves_syn_recv() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[event(0, 10, flow(true, 40_000), Kind::Requested)]);
+        assert_eq!(
+            hear(&mut lives, &[changed(100, 31, SynRecv, Established)]),
+            ["s100 begins LISTEN 10", "s100 LISTEN → SYN_RECV syn", "s100 SYN_RECV → ESTABLISHED ack after 21"]
+        );
+        assert!(lives.requests.is_empty());
+    }
+
+    #[test]
+    fn a_handshake_from_before_ends_as_its_request_does() {
+        let mut lives = lives(true);
+        let mut heard = Heard::default();
+        lives.found(&row(100, SynRecv, 0), ms(50), &mut |id, said| heard.tell(id, said));
+        let request = |at, kind| event(100, at, flow(true, 40_000), kind);
+        hear(&mut lives, &[request(900, Kind::Unrequested { expired: true }), request(900, Kind::Requested)]);
+        assert!(settle(&mut lives, 1000).is_empty());
+        assert!(!lives.wants_names(ms(5000)), "it has one");
+        hear(&mut lives, &[request(6000, Kind::Unrequested { expired: false })]);
+        assert_eq!(settle(&mut lives, 6100), ["s100 SYN_RECV → CLOSED", "s100 ends, departed false"]);
     }
 
     #[test]

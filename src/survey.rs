@@ -139,7 +139,8 @@ struct Surveyor {
 
 impl Surveyor {
     async fn run(mut self, mut asked: mpsc::Receiver<Question>) {
-        if self.table.observer() == Observer::SockDiag {
+        // What is announced is more than what is freed.
+        if self.table.observer() == Observer::SockDiag && self.announced.is_none() {
             let listening = DestroyEvents::open().and_then(|mut events| events.join().map(|()| events));
             match listening {
                 Ok(events) => self.ears = Some(Ears { events, heard: Vec::new(), lost: false }),
@@ -151,7 +152,7 @@ impl Surveyor {
         let alarm = match self.announced.as_ref().map(Announced::alarm).transpose() {
             Ok(alarm) => alarm,
             Err(error) => {
-                tracing::error!(%error, "cannot wait for the kernel's events: they are read with the table");
+                tracing::error!(%error, "cannot wait for the kernel's events: nothing is announced");
                 None
             }
         };
@@ -246,7 +247,7 @@ impl Surveyor {
         let tracker = &mut self.tracker;
         tracker.begin(now, listening);
         if let Some(announced) = &mut self.announced {
-            announced.reading_begins(tracker.served());
+            self.lost |= announced.reading_begins(tracker.served());
         }
         let everything = Wanted::new(StateSet::of(&State::ALL), &[], &[]);
         let (ears, announced, mut rows) = (&mut self.ears, &mut self.announced, 0);
@@ -283,9 +284,8 @@ impl Surveyor {
             for (service, sight) in &mut services {
                 (sight.opened, sight.closed) = announced.totals(*service);
             }
-        } else {
-            self.count_missed(opened);
         }
+        self.count_missed(opened);
         // What is announced is exact, and told already.
         for Stay { service, state, time } in stays.into_iter().filter(|_| self.announced.is_none()) {
             self.metrics.stay(service.role.label(), &service.port.to_string(), state.label(), time);
@@ -307,11 +307,13 @@ impl Surveyor {
     fn count_missed(&mut self, opened: Option<u64>) {
         let Some(first) = self.opens_before.or_else(|| opens().ok()) else { return };
         self.opens_before = Some(first);
-        if let (Some(opened), true) = (opened, self.lost || self.ears.is_none()) {
+        let told = self.announced.as_ref().map_or_else(|| self.tracker.opened(), Announced::opened);
+        let silent = self.ears.is_none() && self.announced.is_none();
+        if let (Some(opened), true) = (opened, self.lost || silent) {
             // The kernel's word of an end may still be on its way, late where it has much to say: only those are that were
             // missing all the time. A counter takes nothing back.
             let now = Instant::now();
-            let missing = opened.saturating_sub(first).saturating_sub(self.tracker.opened());
+            let missing = opened.saturating_sub(first).saturating_sub(told);
             let (since, least) = self.missing.map_or((now, missing), |(since, least)| (since, least.min(missing)));
             self.missing = Some((since, least));
             if now.duration_since(since) >= LATE {

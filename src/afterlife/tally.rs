@@ -181,6 +181,8 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
             before[place][state as usize] += 1;
         }
     };
+    // A minisocket from before has no cookie until somebody asks for it: its addresses must do.
+    let name = |cookie: u64, flow: &Flow| (cookie, (cookie == 0).then(|| flow.canonical().unscoped()));
     let (mut full, mut mini, mut requests) = (HashSet::new(), HashSet::new(), HashSet::new());
     for event in events.iter().filter(|event| event.era == era) {
         match event.kind {
@@ -191,11 +193,11 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
                 }
             }
             Kind::Armed(_) => {
-                mini.insert(event.cookie);
+                mini.insert(name(event.cookie, &event.flow));
             }
-            Kind::Disarmed { .. } => {
-                if mini.insert(event.cookie) {
-                    add(&event.flow, State::TimeWait);
+            Kind::Disarmed { state, .. } => {
+                if mini.insert(name(event.cookie, &event.flow)) {
+                    add(&event.flow, state);
                 }
             }
             Kind::Requested => {
@@ -212,7 +214,10 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
     for row in rows {
         let told_of = match row.state.shown() {
             State::Close => true,
-            _ if row.is_minisocket() => row.cookie.is_some_and(|cookie| mini.contains(&cookie)),
+            _ if row.is_minisocket() => {
+                let cookie = row.cookie.unwrap_or(0);
+                mini.contains(&name(cookie, &row.flow)) || mini.contains(&name(0, &row.flow))
+            }
             State::SynRecv => requests.contains(&row.flow.canonical().unscoped()),
             _ => row.cookie.is_some_and(|cookie| full.contains(&cookie)),
         };
@@ -297,17 +302,18 @@ mod tests {
             event(2, 6, Kind::Armed(TimeWait)),
             changed(6, FinWait2, Close),
             // Gone before the reading: a TIME_WAIT, a connection, a handshake.
-            event(2, 8, Kind::Disarmed { expired: true }),
+            event(2, 8, Kind::Disarmed { state: TimeWait, expired: true }),
+            event(2, 0, Kind::Disarmed { state: FinWait2, expired: true }),
             changed(9, CloseWait, Close),
             event(2, 10, Kind::Unrequested { expired: true }),
             // Came and went.
             event(2, 11, Kind::Armed(TimeWait)),
-            event(2, 11, Kind::Disarmed { expired: false }),
+            event(2, 11, Kind::Disarmed { state: TimeWait, expired: false }),
         ];
         let before = before(&scope(), 2, &rows, &events)[0];
         let found: Vec<(State, i64)> =
             State::ALL.into_iter().map(|state| (state, before[state as usize])).filter(|(_, n)| *n != 0).collect();
-        assert_eq!(found, [(Established, 3), (SynRecv, 1), (FinWait2, 1), (TimeWait, 2), (CloseWait, 1)]);
+        assert_eq!(found, [(Established, 3), (SynRecv, 1), (FinWait2, 2), (TimeWait, 2), (CloseWait, 1)]);
     }
 
     #[test]

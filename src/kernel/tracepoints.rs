@@ -33,11 +33,14 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!("bpf/lifecycle.bpf.o");
 /// What has no full socket: its timers tell.
 const TIMERS: [&str; 2] = ["timer_start", "timer_cancel"];
 
-/// How many services can be counted at most (SERVICES, lifecycle.bpf.c).
-pub const SERVICES: usize = 1024;
+/// How many places for counts there are (SERVICES, lifecycle.bpf.c).
+const SERVICES: usize = 1024;
 
 /// How many sets of counts there are, one in use.
 const ERAS: usize = 8;
+
+/// How many events the ring has room for, about.
+const RING: usize = 100_000;
 
 /// `struct counts`, lifecycle.bpf.c.
 type InKernel = [i64; 16];
@@ -217,9 +220,11 @@ impl Tracepoints {
         Counts { map: Arc::clone(&self.counts), first: usize::from(self.era) * (SERVICES / ERAS) }
     }
 
-    /// Calls `told` with each event that waits, in the order in which they happened on each CPU.
+    /// Calls `told` with each event that waits, in the order in which they happened on each CPU; with a ring's worth at most,
+    /// so that there is an end to it however fast they come.
     pub fn drain(&mut self, mut told: impl FnMut(&Event)) {
-        while let Some(item) = self.ring.next() {
+        for _ in 0..RING {
+            let Some(item) = self.ring.next() else { return };
             if let Some(event) = Event::read(&item) {
                 told(&event);
             } else {

@@ -45,11 +45,16 @@ fn end(event: &Event, from: State, timers: bool) -> Meaning {
     let closed = |cause| Meaning::Is(State::Close, Some(cause));
     match i32::from(event.error) {
         libc::ETIMEDOUT => closed(Cause::Timeout),
-        libc::EHOSTUNREACH | libc::ENETUNREACH => closed(Cause::Unreachable),
+        // What ICMP and ICMPv6 errors become (`icmp_err_convert`, `tab_unreach`): a firewall that forbids is EACCES.
+        libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EACCES | libc::EHOSTDOWN | libc::ENONET => {
+            closed(Cause::Unreachable)
+        }
         libc::ECONNABORTED => closed(Cause::Destroyed),
         libc::ECONNREFUSED if from == State::SynSent => closed(Cause::Refused),
-        _ if event.reset => Meaning::Reset,
+        // `tcp_reset` always leaves an error; a mark without one was left by a socket that had this one's memory before.
+        error if event.reset && error != 0 => Meaning::Reset,
         libc::ECONNRESET | libc::EPIPE => closed(Cause::Reset),
+        error if error != 0 => Meaning::Is(State::Close, None),
         _ => match from {
             State::LastAck => closed(Cause::Ack),
             // Taken back: no RST goes out for a SYN.
@@ -112,6 +117,9 @@ mod tests {
             (Established, 103, false, is(Cause::Destroyed)),
             (Established, 0, false, is(Cause::Abort)),
             (CloseWait, 0, false, is(Cause::Abort)),
+            (LastAck, 0, true, is(Cause::Ack)),
+            (SynSent, 13, false, is(Cause::Unreachable)),
+            (Established, 71, false, Meaning::Is(Close, None)),
         ] {
             let told = end_of(from, |e| (e.error, e.reset) = (error, reset));
             assert_eq!(told, means, "{from} {error} {reset}");

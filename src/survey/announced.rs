@@ -38,8 +38,10 @@ pub(super) struct Announced {
 struct Ears {
     selection: Selection,
     metrics: Arc<SurveyMetrics>,
-    /// Opened and closed.
+    /// Opened and closed, of whoever is left out too: only then it can be said how many are missing.
     totals: HashMap<Service, (u64, u64)>,
+    /// Whoever is new to us was there before us.
+    seeding: bool,
 }
 
 impl Announced {
@@ -57,7 +59,7 @@ impl Announced {
             lives: Lives::new(which, tracepoints.tells_of_timers()),
             tracepoints,
             served,
-            ears: Ears { selection, metrics, totals: HashMap::new() },
+            ears: Ears { selection, metrics, totals: HashMap::new(), seeding: true },
             losses: Losses::default(),
             reading: None,
             // Whoever is there already is in the first one.
@@ -101,12 +103,19 @@ impl Announced {
         self.ears.totals.get(&service).copied().unwrap_or_default()
     }
 
-    /// A reading of the table begins, in which these ports are served.
-    pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) {
+    /// How many connections were opened since then.
+    pub(super) fn opened(&self) -> u64 {
+        self.ears.totals.values().map(|(opened, _)| opened).sum()
+    }
+
+    /// A reading of the table begins, in which these ports are served. Returns whether events were lost.
+    pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) -> bool {
         *lock(&self.served) = served.collect();
-        if self.has_lost() || self.stale || !self.tracepoints.tells_of_timers() {
+        let lost = self.has_lost();
+        if lost || self.stale || !self.tracepoints.tells_of_timers() {
             self.reading = Some((self.lives.each().map(|(id, _)| *id).collect(), Vec::new()));
         }
+        lost
     }
 
     /// A row of it.
@@ -136,6 +145,7 @@ impl Announced {
         let find = |id: &Identity| table.find(&id.flow, id.cookie);
         lives.reconcile(&known, &rows, &newer, clock::monotonic(), find, &mut |id, said| ears.tell(id, said))?;
         self.stale = false;
+        self.ears.seeding = false;
         Ok(())
     }
 
@@ -163,14 +173,15 @@ impl Ears {
     fn tell(&mut self, id: &Identity, said: Said<'_>) {
         let remote = |port| if self.selection.remote.contains(&port) { Port::Number(port) } else { Port::Other };
         let port = if id.role == Role::Server { Port::Number(id.port) } else { remote(id.port) };
-        if !self.selection.takes(Service { role: id.role, port }) || self.selection.is_own(&id.flow) {
-            return;
-        }
+        let told = self.selection.takes(Service { role: id.role, port }) && !self.selection.is_own(&id.flow);
         let (opened, closed) = self.totals.entry(Service { role: id.role, port }).or_default();
         let transitions = match said {
-            // connect(2), whatever becomes of it. What was there before begins in another state.
+            // connect(2), whatever becomes of it.
             Said::Begins(State::Close, _) => return *opened += 1,
-            Said::Begins(..) | Said::Ends { .. } => return,
+            // Counted when their handshake is complete.
+            Said::Begins(State::Listen | State::SynRecv, _) | Said::Ends { .. } => return,
+            // It was there before us, or its beginning was lost.
+            Said::Begins(..) => return *opened += u64::from(!self.seeding),
             Said::Moves(transitions) => transitions,
         };
         for t in transitions.iter() {
@@ -179,9 +190,13 @@ impl Ears {
             *opened += u64::from(no_connection && t.to != State::Close);
             let ends = matches!(t.to, State::TimeWait | State::Close) && t.from != State::TimeWait;
             *closed += u64::from(ends && !no_connection);
-            self.metrics.announced(id.role, &port.to_string(), t);
+            if told {
+                self.metrics.announced(id.role, &port.to_string(), t);
+            }
         }
-        journal::whisper(id, transitions);
+        if told {
+            journal::whisper(id, transitions);
+        }
     }
 }
 

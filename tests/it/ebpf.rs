@@ -400,3 +400,21 @@ fn of_others_too_every_open_every_end_and_its_cause_is_told() {
     assert_eq!(told, [(100.0, 0.0), (0.0, 100.0), (100.0, 101.0), (101.0, 100.0)]);
     assert_eq!(metrics.sum("echoscope_observer_lost_events_total", &[]), 0.0);
 }
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn time_wait_ends_by_its_timer_and_the_run_waits_for_it() {
+    let run =
+        ["--observer", "ebpf", "pair", "--listen", "127.0.0.1:0", "--count", "3", "--rate", "max", "--until-gone"];
+    let (_, lines) = Echoscope::start(&run).until_end(std::time::Duration::from_secs(100));
+    let ends: Vec<&Value> = lines.iter().filter(|l| l["from"] == "TIME_WAIT").collect();
+    assert_eq!(ends.len(), 3);
+    for end in ends {
+        assert_eq!(
+            (&end["to"], &end["evidence"], &end["cause"]),
+            (&"CLOSED".into(), &"tracepoint".into(), &"expired".into())
+        );
+        // TCP_TIMEWAIT_LEN, and the grain of the timer wheel.
+        assert!((60.0..64.0).contains(&end["after_s"].as_f64().unwrap()), "{end}");
+    }
+}

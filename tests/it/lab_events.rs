@@ -82,6 +82,41 @@ fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
         let by_others: Vec<_> = told.steps.iter().filter(|said| said.evidence != "tracepoint").collect();
         assert!(by_others.is_empty(), "{told}");
     }
+    let expected = ENDS.iter().map(|(name, ends)| (*name, ends.iter().map(|end| (*end).to_owned()).collect()));
+    assert_eq!(ends(&lines), expected.collect());
+}
+
+/// How the connections of each scenario end, other than by the four segments and by TIME_WAIT, and why: as it made them end.
+const ENDS: &[(&str, &[&str])] = &[
+    // Taken back after its timeout; the repeated SYN+ACK met a RST, of which nothing says that it came.
+    ("syn-sent-stuck", &["client SYN_SENT shutdown", "server SYN_RECV unknown"]),
+    // The one ends by RST on purpose, when its FIN has been lost long enough.
+    ("fin-wait1-stuck", &["client FIN_WAIT1 reset", "server ESTABLISHED abort"]),
+    ("fin-wait2-orphan", &["client FIN_WAIT2 expired", "server CLOSE_WAIT reset"]),
+    ("simultaneous-open", &["client ESTABLISHED abort", "client FIN_WAIT1 timeout"]),
+    ("time-wait-reuse", &["client ESTABLISHED abort", "server ESTABLISHED reset"]),
+    ("reset-by-linger", &["client ESTABLISHED abort", "server ESTABLISHED reset"]),
+    ("reset-by-unread-data", &["client ESTABLISHED reset", "server ESTABLISHED abort"]),
+    ("refused", &["client SYN_SENT refused"]),
+    ("accept-queue-overflow", &["client ESTABLISHED abort", "server ESTABLISHED reset"]),
+    ("retransmission-timeout", &["client ESTABLISHED timeout", "server ESTABLISHED abort"]),
+    ("keepalive-death", &["client ESTABLISHED timeout", "server ESTABLISHED abort"]),
+    ("slow-reader", &["client ESTABLISHED abort", "server ESTABLISHED reset"]),
+];
+
+/// What the log says of ends, by scenario.
+fn ends(lines: &[Value]) -> BTreeMap<&'static str, BTreeSet<String>> {
+    let mut found: BTreeMap<_, BTreeSet<String>> = BTreeMap::new();
+    for line in lines.iter().filter(|l| l["message"] == "state" && l["to"] == "CLOSED") {
+        let text = |name: &str| line[name].as_str().unwrap_or("unknown");
+        let port = |name| text(name).rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+        let orderly = matches!((text("from"), text("cause")), ("LISTEN" | "TIME_WAIT", _) | ("LAST_ACK", "ack"));
+        if let Some(scenario) = scenario((port("local"), port("peer"))).filter(|_| !orderly) {
+            let end = format!("{} {} {}", text("role"), text("from"), text("cause"));
+            found.entry(scenario).or_default().insert(end);
+        }
+    }
+    found
 }
 
 /// Plays all of the lab, seen by `observer`, and holds what it tells against what the kernel announced; returns its log.

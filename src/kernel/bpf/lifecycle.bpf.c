@@ -130,13 +130,18 @@ struct mine {
 	__u32 era;
 };
 
-/* A local port that is served decides, as in Scope::service_of. Returns 0 for what nobody asked for. */
-static __always_inline int find(struct mine *mine, __u16 local, __u16 peer)
+/*
+ * A local port that is served decides, but of a connection to itself, which was opened here and nobody listens: as in
+ * Scope::service_of. Returns 0 for what nobody asked for.
+ */
+static __always_inline int find(struct mine *mine, __u16 local, __u16 peer, int itself)
 {
-	__u32 *found = service(SERVER, local), value, place;
+	__u32 *found = itself ? service(CLIENT, peer) : 0, value, place;
 
 	mine->counts = 0;
 	mine->era = 0;
+	if (!found)
+		found = service(SERVER, local);
 	if (!found)
 		found = service(CLIENT, peer);
 	if (!found)
@@ -173,6 +178,31 @@ static __always_inline struct event *event(enum kind kind, struct mine *mine, __
 	e->era = mine->era;
 	e->at = bpf_ktime_get_ns();
 	return e;
+}
+
+static __always_inline int same(struct in6_addr *a, struct in6_addr *b)
+{
+	__u64 *x = (void *)a, *y = (void *)b;
+
+	return x[0] == y[0] && x[1] == y[1];
+}
+
+/* Whether a full socket is connected to itself: two SYNs crossed. */
+static __always_inline int is_itself(struct tcp_sock *tp)
+{
+	struct inet_sock *inet = &tp->inet_conn.icsk_inet;
+	struct sock_common *skc = &inet->sk.__sk_common;
+
+	if (inet->inet_sport != skc->skc_dport)
+		return 0;
+	if (skc->skc_family == AF_INET6) {
+		struct in6_addr ours = {}, theirs = {};
+
+		bpf_core_read(&ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
+		bpf_core_read(&theirs, sizeof(theirs), &skc->skc_v6_daddr);
+		return same(&ours, &theirs);
+	}
+	return skc->skc_rcv_saddr == skc->skc_daddr;
 }
 
 /* Addresses of a full socket. */
@@ -298,15 +328,21 @@ static __always_inline int changed(__u64 *ctx)
 	/* close(2) after shutdown(2) says the same state again. */
 	if (!tp || from == to)
 		return 0;
-	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport)))
+	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport), is_itself(tp)))
 		return 0;
-	/* Makes the cookie if nobody has asked for it yet: minisockets inherit it. */
-	cookie = bpf_get_socket_cookie(sk);
 	/* A listener that has a child stays one. */
 	if (from != TCP_CLOSE && !(from == TCP_LISTEN && to == TCP_SYN_RECV))
 		add(&mine, from, -1);
 	if (to != TCP_CLOSE)
 		add(&mine, to, 1);
+	/*
+	 * Before Linux 6.15 a child says SYN_RECV while it is still a copy of its listener (inet_csk_clone_lock), and gets its
+	 * peer and its request's cookie after that: its next step is its first that can be told.
+	 */
+	if (from == TCP_LISTEN && to == TCP_SYN_RECV && !sk->__sk_common.skc_dport)
+		return 0;
+	/* Makes the cookie if nobody has asked for it yet: minisockets inherit it. */
+	cookie = bpf_get_socket_cookie(sk);
 	last = bpf_map_lookup_elem(&reset, &zero);
 	if (last && *last == (__u64)sk) {
 		*last = 0;
@@ -372,7 +408,7 @@ int on_send_reset(__u64 *ctx)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport)))
+	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport), is_itself(tp)))
 		return 0;
 	e = event(RESET_SENT, &mine, bpf_get_socket_cookie(sk));
 	if (!e)
@@ -440,6 +476,17 @@ static __always_inline void name_mini(struct event *e, struct sock_common *skc, 
 	}
 }
 
+static __always_inline int mini_is_itself(struct sock_common *skc)
+{
+	struct in6_addr ours = {}, theirs = {};
+
+	if (BPF_CORE_READ(skc, skc_family) != AF_INET6)
+		return BPF_CORE_READ(skc, skc_rcv_saddr) == BPF_CORE_READ(skc, skc_daddr);
+	bpf_core_read(&ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
+	bpf_core_read(&theirs, sizeof(theirs), &skc->skc_v6_daddr);
+	return same(&ours, &theirs);
+}
+
 static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 {
 	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
@@ -447,13 +494,14 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 	struct mine mine;
 	struct event *e;
 	__u64 cookie;
-	__u16 local;
+	__u16 local, peer;
 	__u8 state, one = 1;
 
 	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
 		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
-	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport))))
+	peer = swapped(BPF_CORE_READ(skc, skc_dport));
+	if (!find(&mine, local, peer, local == peer && mini_is_itself(skc)))
 		return 0;
 	cookie = BPF_CORE_READ(skc, skc_cookie.counter);
 	state = BPF_CORE_READ(tw, tw_substate);
@@ -486,7 +534,7 @@ static __always_inline int on_request(struct timer_list *timer, int armed)
 	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
 		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
-	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport))))
+	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport)), 0))
 		return 0;
 	add(&mine, TCP_SYN_RECV, armed ? 1 : -1);
 	e = event(armed ? REQUESTED : UNREQUESTED, &mine, BPF_CORE_READ(skc, skc_cookie.counter));

@@ -22,6 +22,8 @@ pub enum Kind {
     Armed(State),
     /// That clock has run down (`expired`), or was stopped, to be started anew or because the minisocket is gone.
     Disarmed {
+        /// The state that it was in.
+        state: State,
         /// It ran down.
         expired: bool,
     },
@@ -100,7 +102,7 @@ impl Event {
             kind: match kind {
                 1 => Kind::Changed { from: state(from)?, to: state(to)? },
                 2 => Kind::Armed(state(to)?),
-                3 => Kind::Disarmed { expired: has(EXPIRED) },
+                3 => Kind::Disarmed { state: state(from)?, expired: has(EXPIRED) },
                 4 => Kind::Requested,
                 5 => Kind::Unrequested { expired: has(EXPIRED) },
                 6 => Kind::ResetSent(reason),
@@ -144,7 +146,8 @@ mod tests {
             ("127.0.0.1:7007".into(), "10.0.0.9:40000".into())
         );
         assert_eq!((event.done, event.orphan, event.reset, event.closing), (true, false, true, false));
-        assert_eq!(Event::read(&bytes(3, 0, 0, EXPIRED)).unwrap().kind, Kind::Disarmed { expired: true });
+        let ended = Event::read(&bytes(3, 6, 6, EXPIRED)).unwrap().kind;
+        assert_eq!(ended, Kind::Disarmed { state: State::TimeWait, expired: true });
     }
 
     #[test]
