@@ -55,7 +55,7 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
         Mode::Run(roles)
             if roles.client.is_none() && roles.server.as_ref().is_some_and(|server| !server.lifecycles) =>
         {
-            eyes::Announcements::NotNeeded
+            eyes::Announcements::NotAskedFor
         }
         Mode::Run(_) => eyes::attach(config.common.observer, false)?,
         Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer, false)?,
@@ -64,7 +64,7 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
         Mode::Watch(watch) if watch.mode == WatchMode::Serve && config.common.observer == Some(Observer::Ebpf) => {
             eyes::attach(config.common.observer, true)?
         }
-        _ => eyes::Announcements::NotNeeded,
+        _ => eyes::Announcements::NotAskedFor,
     };
     Ok(Prepared { lab, kernel })
 }

@@ -346,18 +346,9 @@ mod tests {
     use crate::scope::Target;
 
     fn row(state: State, local: &str, peer: &str) -> Row {
-        Row {
-            state,
-            flow: Flow { local: local.parse().unwrap(), peer: peer.parse().unwrap() },
-            cookie: Some(1),
-            timer: 0,
-            retransmits: 0,
-            expires: Duration::from_secs(20),
-            receive_queue: 3,
-            send_queue: Some(128),
-            inode: 0,
-            last_ack: None,
-        }
+        let flow = Flow { local: local.parse().unwrap(), peer: peer.parse().unwrap() };
+        let plain = Row::plain(state, flow, Some(1));
+        Row { expires: Duration::from_secs(20), receive_queue: 3, send_queue: Some(128), ..plain }
     }
 
     fn reading(scope: &Scope, rows: &[Row]) -> Reading {

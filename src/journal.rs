@@ -14,7 +14,7 @@ use crate::ledger::{Ledger, Reason};
 use crate::live::Live;
 use crate::log::STATES;
 use crate::metrics::Metrics;
-use crate::tcp::{Identity, Role, State, Step, Transitions};
+use crate::tcp::{Identity, Role, State, Transitions};
 
 /// One log line for each step. A macro, because a level is part of where a line is written.
 macro_rules! lines {
@@ -22,7 +22,7 @@ macro_rules! lines {
         let flow = $id.flow.canonical();
         let (conn, local, peer) = (short(format_args!("{:x}", $id.cookie)), short(flow.local), short(flow.peer));
         // When it happened, not when it is told: a life after close(2) is told by the follower's readings.
-        let offset = clock::unix().saturating_sub(clock::monotonic());
+        let offset = clock::unix_offset();
         for t in $transitions.iter() {
             tracing::event!(
                 target: STATES,
@@ -37,11 +37,7 @@ macro_rules! lines {
                 after_s = t.after.map(|after| after.as_secs_f64()),
                 evidence = t.evidence.label(),
                 cause = t.cause.map(crate::tcp::Cause::label),
-                via = match t.step {
-                    Step::Arrow => None,
-                    Step::Gap => Some("unknown"),
-                    Step::Unexpected => Some("unexpected"),
-                },
+                via = t.step.via(),
                 "state"
             );
         }

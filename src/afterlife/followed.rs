@@ -144,18 +144,7 @@ mod tests {
 
     fn row(state: State, cookie: Option<u64>, expires: Duration) -> Row {
         let flow = followed(State::FinWait1, Evidence::SockDiag).departed.id.flow;
-        Row {
-            state,
-            flow,
-            cookie,
-            timer: timer::TIME_WAIT,
-            retransmits: 0,
-            expires,
-            receive_queue: 0,
-            send_queue: None,
-            inode: 0,
-            last_ack: None,
-        }
+        Row { timer: timer::TIME_WAIT, expires, ..Row::plain(state, flow, cookie) }
     }
 
     fn told(noted: &Noted) -> Vec<(State, Option<Cause>)> {

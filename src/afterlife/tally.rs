@@ -231,7 +231,6 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::timer;
     use crate::scope::Target;
     use State::{Close, CloseWait, Established, FinWait1, FinWait2, SynRecv, SynSent, TimeWait};
     use std::sync::Arc;
@@ -248,34 +247,11 @@ mod tests {
     }
 
     fn row(cookie: u64, state: State) -> Row {
-        Row {
-            state,
-            flow: flow(cookie),
-            cookie: Some(cookie),
-            timer: if state == TimeWait { timer::TIME_WAIT } else { 0 },
-            retransmits: 0,
-            expires: Duration::ZERO,
-            receive_queue: 0,
-            send_queue: None,
-            inode: 0,
-            last_ack: None,
-        }
+        Row::plain(state, flow(cookie), Some(cookie))
     }
 
     fn event(era: u16, cookie: u64, kind: Kind) -> Event {
-        Event {
-            cookie,
-            at: Duration::ZERO,
-            flow: flow(cookie),
-            kind,
-            era,
-            error: 0,
-            done: false,
-            orphan: false,
-            lingers_not: false,
-            reset: false,
-            closing: false,
-        }
+        Event { era, ..Event::plain(cookie, Duration::ZERO, flow(cookie), kind) }
     }
 
     #[test]

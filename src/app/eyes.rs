@@ -16,9 +16,7 @@ use crate::scope::Scope;
 
 /// Whether the kernel announces each change to us.
 pub(super) enum Announcements {
-    /// There is nothing to announce to.
-    NotNeeded,
-    /// Another observer was asked for.
+    /// Nobody asked for them: another observer was named, or there is nobody to announce to.
     NotAskedFor,
     /// They cannot be had.
     Refused(TraceError),
@@ -106,7 +104,7 @@ pub(super) fn announce(
             say_why_not(&error, by_table);
             return Ok((None, error.reason()));
         }
-        Announcements::NotNeeded | Announcements::NotAskedFor => return Ok((None, WhyNot::NotAskedFor)),
+        Announcements::NotAskedFor => return Ok((None, WhyNot::NotAskedFor)),
     };
     for lack in tracepoints.lacks() {
         tracing::warn!(reason = %lack, "the kernel does not announce everything");

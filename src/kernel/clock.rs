@@ -17,6 +17,12 @@ pub fn unix() -> Duration {
     since_zero(ClockId::Realtime)
 }
 
+/// What Unix time is ahead of the monotonic clock, now: it changes when somebody sets the clock.
+#[must_use]
+pub fn unix_offset() -> Duration {
+    unix().saturating_sub(monotonic())
+}
+
 /// Processor time that this thread has used: CLOCK_THREAD_CPUTIME_ID. What something costs, however busy the machine
 /// is.
 #[must_use]

@@ -53,6 +53,25 @@ impl Row {
     }
 }
 
+#[cfg(test)]
+impl Row {
+    /// One of which nothing more is known; the timer is that of its state.
+    pub(crate) fn plain(state: State, flow: Flow, cookie: Option<u64>) -> Row {
+        Row {
+            state,
+            flow,
+            cookie,
+            timer: if state == State::TimeWait { timer::TIME_WAIT } else { 0 },
+            retransmits: 0,
+            expires: Duration::ZERO,
+            receive_queue: 0,
+            send_queue: None,
+            inode: 0,
+            last_ack: None,
+        }
+    }
+}
+
 /// Which sockets a reading is about: a set of states, and local or remote ports (none named: all).
 #[derive(Clone, Debug)]
 pub struct Wanted {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use crate::metrics::Walk;
-use crate::tcp::{Cause, Identity, Step, Transition};
+use crate::tcp::{Cause, Identity, Transition};
 
 /// How far the telling has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,11 +111,7 @@ pub(super) fn walked(
             after: t.after.map(|after| after.as_secs_f64()),
             evidence: t.evidence.label(),
             cause: t.cause.map(Cause::label),
-            via: match t.step {
-                Step::Arrow => None,
-                Step::Gap => Some("unknown"),
-                Step::Unexpected => Some("unexpected"),
-            },
+            via: t.step.via(),
         }
     };
     let walks = walks.iter().map(counted).collect();

@@ -78,19 +78,7 @@ mod tests {
 
     fn event(from: State, to: State) -> Event {
         let address = "127.0.0.1:7007".parse().unwrap();
-        Event {
-            cookie: 1,
-            at: Duration::ZERO,
-            flow: Flow { local: address, peer: address },
-            kind: Kind::Changed { from, to },
-            era: 0,
-            error: 0,
-            done: false,
-            orphan: false,
-            lingers_not: false,
-            reset: false,
-            closing: false,
-        }
+        Event::plain(1, Duration::ZERO, Flow { local: address, peer: address }, Kind::Changed { from, to })
     }
 
     fn end_of(from: State, change: impl FnOnce(&mut Event)) -> Meaning {

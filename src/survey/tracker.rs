@@ -403,18 +403,7 @@ mod tests {
         let timer = if state == TimeWait { timer::TIME_WAIT } else { 0 };
         let inode = if state == TimeWait { 0 } else { 100 + cookie as u32 };
         let expires = if state == TimeWait { TIME_WAIT } else { Duration::ZERO };
-        Row {
-            state,
-            flow: flow(local, peer),
-            cookie: Some(cookie),
-            timer,
-            retransmits: 0,
-            expires,
-            receive_queue: 0,
-            send_queue: Some(0),
-            inode,
-            last_ack: None,
-        }
+        Row { timer, expires, send_queue: Some(0), inode, ..Row::plain(state, flow(local, peer), Some(cookie)) }
     }
 
     /// One of those that port 80 accepted.

@@ -22,6 +22,16 @@ pub enum Step {
 impl Step {
     /// Every kind, surest first.
     pub const ALL: [Step; 3] = [Step::Arrow, Step::Gap, Step::Unexpected];
+
+    /// What is said of the way, in logs and JSON: nothing where it is one arrow.
+    #[must_use]
+    pub const fn via(self) -> Option<&'static str> {
+        match self {
+            Step::Arrow => None,
+            Step::Gap => Some("unknown"),
+            Step::Unexpected => Some("unexpected"),
+        }
+    }
 }
 
 /// One step of a life.

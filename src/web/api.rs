@@ -9,7 +9,7 @@ use crate::census::Reading;
 use crate::journal::Journal;
 use crate::kernel::clock;
 use crate::ledger::{KEPT, Life, Order, Reason, Selection};
-use crate::tcp::{Cause, Role, State, Step};
+use crate::tcp::{Cause, Role, State};
 
 const DEFAULT_LIMIT: usize = 100;
 
@@ -164,7 +164,7 @@ struct TakenStep {
 
 /// Lives, going on or ended, as they were asked for; of one that is not known, nothing.
 pub(super) fn connections(journal: &Journal, question: &Question) -> Vec<Connection> {
-    let offset = clock::unix().saturating_sub(clock::monotonic());
+    let offset = clock::unix_offset();
     let unix = |at: Duration| (offset + at).as_secs_f64();
     let tell = |life: &Life| {
         let flow = life.flow();
@@ -187,11 +187,7 @@ pub(super) fn connections(journal: &Journal, question: &Question) -> Vec<Connect
                     at: unix(s.at),
                     evidence: s.evidence.label(),
                     cause: s.cause.map(Cause::label),
-                    via: match s.step {
-                        Step::Arrow => None,
-                        Step::Gap => Some("unknown"),
-                        Step::Unexpected => Some("unexpected"),
-                    },
+                    via: s.step.via(),
                 })
                 .collect(),
         }

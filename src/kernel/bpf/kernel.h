@@ -48,7 +48,7 @@ struct in6_addr {
 	union {
 		__u8 u6_addr8[16];
 	} in6_u;
-} __attribute__((aligned(8)));
+};
 
 struct net {
 	__u64 net_cookie;

@@ -180,29 +180,29 @@ static __always_inline struct event *event(enum kind kind, struct mine *mine, __
 	return e;
 }
 
-static __always_inline int same(struct in6_addr *a, struct in6_addr *b)
+/*
+ * Whether a socket whose two ports are alike is connected to itself: two SYNs crossed. It is asked of few, and each load is
+ * checked, because a minisocket is known by its timer only.
+ */
+static __always_inline int is_itself(struct sock_common *skc)
 {
-	__u64 *x = (void *)a, *y = (void *)b;
+	__u64 ours[2] = {}, theirs[2] = {};
 
-	return x[0] == y[0] && x[1] == y[1];
+	if (BPF_CORE_READ(skc, skc_family) != AF_INET6)
+		return BPF_CORE_READ(skc, skc_rcv_saddr) == BPF_CORE_READ(skc, skc_daddr);
+	bpf_core_read(ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
+	bpf_core_read(theirs, sizeof(theirs), &skc->skc_v6_daddr);
+	return ours[0] == theirs[0] && ours[1] == theirs[1];
 }
 
-/* Whether a full socket is connected to itself: two SYNs crossed. */
-static __always_inline int is_itself(struct tcp_sock *tp)
+/* The service of a full socket. */
+static __always_inline int find_full(struct mine *mine, struct tcp_sock *tp)
 {
 	struct inet_sock *inet = &tp->inet_conn.icsk_inet;
 	struct sock_common *skc = &inet->sk.__sk_common;
+	__u16 local = swapped(inet->inet_sport), peer = swapped(skc->skc_dport);
 
-	if (inet->inet_sport != skc->skc_dport)
-		return 0;
-	if (skc->skc_family == AF_INET6) {
-		struct in6_addr ours = {}, theirs = {};
-
-		bpf_core_read(&ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
-		bpf_core_read(&theirs, sizeof(theirs), &skc->skc_v6_daddr);
-		return same(&ours, &theirs);
-	}
-	return skc->skc_rcv_saddr == skc->skc_daddr;
+	return find(mine, local, peer, local == peer && is_itself(skc));
 }
 
 /* Addresses of a full socket. */
@@ -328,7 +328,7 @@ static __always_inline int changed(__u64 *ctx)
 	/* close(2) after shutdown(2) says the same state again. */
 	if (!tp || from == to)
 		return 0;
-	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport), is_itself(tp)))
+	if (!find_full(&mine, tp))
 		return 0;
 	/* A listener that has a child stays one. */
 	if (from != TCP_CLOSE && !(from == TCP_LISTEN && to == TCP_SYN_RECV))
@@ -408,7 +408,7 @@ int on_send_reset(__u64 *ctx)
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (!tp)
 		return 0;
-	if (!find(&mine, swapped(tp->inet_conn.icsk_inet.inet_sport), swapped(sk->__sk_common.skc_dport), is_itself(tp)))
+	if (!find_full(&mine, tp))
 		return 0;
 	e = event(RESET_SENT, &mine, bpf_get_socket_cookie(sk));
 	if (!e)
@@ -476,17 +476,6 @@ static __always_inline void name_mini(struct event *e, struct sock_common *skc, 
 	}
 }
 
-static __always_inline int mini_is_itself(struct sock_common *skc)
-{
-	struct in6_addr ours = {}, theirs = {};
-
-	if (BPF_CORE_READ(skc, skc_family) != AF_INET6)
-		return BPF_CORE_READ(skc, skc_rcv_saddr) == BPF_CORE_READ(skc, skc_daddr);
-	bpf_core_read(&ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
-	bpf_core_read(&theirs, sizeof(theirs), &skc->skc_v6_daddr);
-	return same(&ours, &theirs);
-}
-
 static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 {
 	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
@@ -501,7 +490,7 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
 	peer = swapped(BPF_CORE_READ(skc, skc_dport));
-	if (!find(&mine, local, peer, local == peer && mini_is_itself(skc)))
+	if (!find(&mine, local, peer, local == peer && is_itself(skc)))
 		return 0;
 	cookie = BPF_CORE_READ(skc, skc_cookie.counter);
 	state = BPF_CORE_READ(tw, tw_substate);

@@ -120,6 +120,26 @@ impl Event {
 }
 
 #[cfg(test)]
+impl Event {
+    /// One with no mark set.
+    pub(crate) fn plain(cookie: u64, at: Duration, flow: Flow, kind: Kind) -> Event {
+        Event {
+            cookie,
+            at,
+            flow,
+            kind,
+            era: 0,
+            error: 0,
+            done: false,
+            orphan: false,
+            lingers_not: false,
+            reset: false,
+            closing: false,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
