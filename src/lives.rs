@@ -3,6 +3,7 @@
 //! Pure: events and time come in as arguments, what they prove goes out through `tell`. Must not know: where events come
 //! from, or what becomes of what is told.
 
+mod losses;
 mod meaning;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -11,6 +12,7 @@ use std::time::Duration;
 use crate::kernel::tracepoints::{Event, Kind};
 use crate::kernel::{Row, TIME_WAIT};
 use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
+pub(crate) use losses::KnownLosses;
 use meaning::{ABORT_ON_DATA, Meaning};
 
 /// How long an event may take from one CPU to us after a later one from another: what a second event would change is
@@ -152,8 +154,11 @@ impl Lives {
             (State::Listen, State::SynRecv) => return self.completes(event, tell),
             _ => {}
         }
-        // Older kernels tell of a child only when it leaves SYN_RECV.
-        if from == State::SynRecv && !self.living.contains_key(&event.cookie) && event.cookie != 0 {
+        // Older kernels tell of a child only when it leaves SYN_RECV. Without a request it was there before.
+        if from == State::SynRecv
+            && !self.living.contains_key(&event.cookie)
+            && self.requests.contains_key(&key(&event.flow))
+        {
             self.completes(event, tell);
         }
         let timers = self.timers;
@@ -364,11 +369,17 @@ impl Lives {
         !self.orphans.is_empty()
     }
 
+    /// Keeps of the minisockets in FIN_WAIT2 those that still are: for whoever does not look them up.
+    pub(crate) fn forget_orphans(&mut self) {
+        let living = &self.living;
+        self.orphans.retain(|cookie| living.get(cookie).is_some_and(Living::is_orphan));
+    }
+
     /// The next `most` minisockets in FIN_WAIT2 that are to be looked up; whoever still is one then is to be kept.
     pub(crate) fn orphans(&mut self, most: usize) -> Vec<Identity> {
         let due = self.orphans.drain(..most.min(self.orphans.len()));
         let living = &self.living;
-        let still = due.filter_map(|cookie| living.get(&cookie).filter(|l| l.mini == Some(State::FinWait2)));
+        let still = due.filter_map(|cookie| living.get(&cookie).filter(|l| l.is_orphan()));
         still.map(|living| living.id).collect()
     }
 
@@ -387,22 +398,31 @@ impl Lives {
         }
     }
 
-    /// Holds everybody against a reading of the table that was made after the kernel began to tell, or after it had no room
-    /// to: `newer` are those of whom there is later news. Who was `known` before the reading and is not in it is looked up
-    /// by `find`: absence is only believed of a lookup.
+    /// Holds everybody against a reading of the table for which was `asked` after the kernel began to tell, or after it had no
+    /// room to; `events` are all that it has told until after the reading. Those from before it, after a loss a whole ring of
+    /// them, are older than what it shows, the others newer. Who is not in it is looked up by `find`: absence is only believed
+    /// of a lookup.
     ///
     /// # Errors
     /// What `find` says.
     pub(crate) fn reconcile<E>(
         &mut self,
-        known: &[Identity],
+        asked: Duration,
         rows: &[Row],
-        newer: &HashSet<u64>,
+        events: &[Event],
         now: Duration,
         mut find: impl FnMut(&Identity) -> Result<Option<Row>, E>,
         tell: &mut impl FnMut(&Identity, Said<'_>),
     ) -> Result<(), E> {
-        // A descriptor that is still open shows as CLOSE beside its own TIME_WAIT.
+        let (newer, older): (Vec<&Event>, Vec<&Event>) = events.iter().partition(|event| event.at >= asked);
+        for event in older {
+            self.hear(event, tell);
+        }
+        let known: Vec<Identity> = self.each().map(|(id, _)| *id).collect();
+        for event in &newer {
+            self.hear(event, tell);
+        }
+        let newer: HashSet<u64> = newer.iter().map(|event| event.cookie).collect();
         let mut open: Vec<&Row> = rows.iter().filter(|row| row.state != State::Close && row.cookie.is_some()).collect();
         // The oldest TIME_WAIT first: so that they are entered in their order.
         open.sort_by_key(|row| row.expires);
@@ -456,6 +476,10 @@ impl Living {
         Living { id, life, mini: None, ending: None, nameless: None, departed: false }
     }
 
+    fn is_orphan(&self) -> bool {
+        self.mini == Some(State::FinWait2)
+    }
+
     /// A client's first step is told when its name is known.
     fn introduce(&mut self, since: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         tell(&self.id, Said::Begins(State::Close, since));
@@ -506,7 +530,6 @@ fn key(flow: &Flow) -> Flow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::timer;
     use State::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait};
 
     const fn ms(n: u64) -> Duration {
@@ -551,19 +574,7 @@ mod tests {
     }
 
     fn event(cookie: u64, at: u64, flow: Flow, kind: Kind) -> Event {
-        Event {
-            cookie,
-            at: ms(at),
-            flow,
-            kind,
-            era: 0,
-            error: 0,
-            done: false,
-            orphan: false,
-            lingers_not: false,
-            reset: false,
-            closing: false,
-        }
+        Event::plain(cookie, ms(at), flow, kind)
     }
 
     fn changed(cookie: u64, at: u64, from: State, to: State) -> Event {
@@ -571,18 +582,7 @@ mod tests {
     }
 
     fn row(cookie: u64, state: State, expires: u64) -> Row {
-        Row {
-            state,
-            flow: flow(cookie >= 100, 40_000),
-            cookie: Some(cookie),
-            timer: if state == TimeWait { timer::TIME_WAIT } else { 0 },
-            retransmits: 0,
-            expires: ms(expires),
-            receive_queue: 0,
-            send_queue: None,
-            inode: 0,
-            last_ack: None,
-        }
+        Row { expires: ms(expires), ..Row::plain(state, flow(cookie >= 100, 40_000), Some(cookie)) }
     }
 
     fn hear(lives: &mut Lives, events: &[Event]) -> Vec<String> {
@@ -773,12 +773,11 @@ mod tests {
         for cookie in 1..=3 {
             hear(&mut lives, &[changed(cookie, 1, Close, SynSent), changed(cookie, 2, SynSent, Established)]);
         }
-        let known: Vec<Identity> = lives.each().map(|(id, _)| *id).collect();
-        // 1 has moved on, 2 is gone, of 3 there is later news, and 4 is new.
+        // 1 has moved on, 2 is gone, of 3 there is later news, and 4 is new. Of 5 the ring had what came before the loss.
         let rows = [row(1, FinWait2, 0), row(3, FinWait1, 0), row(4, Established, 0)];
         let gone = |_: &Identity| Ok::<_, ()>(None);
-        let newer = HashSet::from([3]);
-        lives.reconcile(&known, &rows, &newer, ms(50), gone, &mut |id, said| heard.tell(id, said)).unwrap();
+        let events = [changed(5, 3, Close, SynSent), changed(3, 45, Established, CloseWait)];
+        lives.reconcile(ms(40), &rows, &events, ms(50), gone, &mut |id, said| heard.tell(id, said)).unwrap();
         let mut told = heard.take();
         told.sort();
         assert_eq!(
@@ -788,7 +787,12 @@ mod tests {
                 "c1 FIN_WAIT1 → FIN_WAIT2 ack sock_diag",
                 "c2 ESTABLISHED → CLOSED sock_diag",
                 "c2 ends, departed false",
+                "c3 ESTABLISHED → CLOSE_WAIT peer_fin after 43",
                 "c4 begins ESTABLISHED 50",
+                "c5 CLOSED → SYN_SENT connect",
+                "c5 SYN_SENT → CLOSED sock_diag",
+                "c5 begins CLOSED 3",
+                "c5 ends, departed false",
             ]
         );
     }

@@ -1,7 +1,6 @@
 //! The thread that hears what the kernel announces, and tells whole lives by it: from the first SYN to the end of
 //! TIME_WAIT, whether or not anybody accepted, and after close(2) as before.
 
-use std::collections::HashSet;
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,9 +10,9 @@ use tokio::sync::mpsc;
 
 use super::tally::{self, Ages, Tally};
 use super::{Departed, GATHER, Shared};
-use crate::kernel::tracepoints::{Alarm, Event, Losses, Tracepoints};
+use crate::kernel::tracepoints::{Alarm, Event, Tracepoints};
 use crate::kernel::{Table, Wanted, clock};
-use crate::lives::{Lives, Said};
+use crate::lives::{KnownLosses, Lives, Said};
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
@@ -40,7 +39,7 @@ pub(super) struct Witness {
     table: Table,
     all: Wanted,
     handshakes: Wanted,
-    losses: Losses,
+    losses: KnownLosses,
     begin_again: bool,
     next_begin: Duration,
     next_check: Duration,
@@ -102,7 +101,7 @@ impl Witness {
             table,
             all: scope.wanted(StateSet::of(&State::ALL)),
             handshakes: scope.wanted(StateSet::of(&[State::SynSent, State::SynRecv])),
-            losses: Losses::default(),
+            losses: KnownLosses::default(),
             begin_again: false,
             next_begin: Duration::ZERO,
             next_check: Duration::ZERO,
@@ -118,8 +117,8 @@ impl Witness {
     /// between the two. Who was known and is not there any more has gone unheard.
     fn begin(&mut self) -> anyhow::Result<()> {
         let began = Instant::now();
-        let known: Vec<Identity> = self.lives.each().map(|(id, _)| *id).collect();
         let era = self.tracepoints.tell_of(self.scope.services())?;
+        let asked = clock::monotonic();
         let mut rows = Vec::new();
         if self.table.each(&self.all, |row| rows.push(*row))? {
             // The kernel says that rows may be missing: once more, and then as it is.
@@ -137,15 +136,10 @@ impl Witness {
             }
         }
         self.ears.tally.begin(tally::before(&self.scope, era, &rows, &events), self.tracepoints.counts());
-        for event in &events {
-            self.lives.hear(event, &mut |id, said| self.ears.tell(id, said));
-        }
-        // What has happened meanwhile is newer than what was read.
-        let newer: HashSet<u64> = events.iter().map(|event| event.cookie).collect();
         let (ears, table) = (&mut self.ears, &mut self.table);
         let find = |id: &Identity| table.find(&id.flow, id.cookie);
         let now = clock::monotonic();
-        self.lives.reconcile(&known, &rows, &newer, now, find, &mut |id, said| ears.tell(id, said))?;
+        self.lives.reconcile(asked, &rows, &events, now, find, &mut |id, said| ears.tell(id, said))?;
         self.publish();
         self.ears.metrics.duration.observe(began.elapsed().as_secs_f64());
         Ok(())
@@ -247,26 +241,11 @@ impl Witness {
 
     /// After a loss everybody is looked for in the table, and counted anew.
     fn check_for_losses(&mut self) -> bool {
-        let losses = match self.tracepoints.losses() {
-            Ok(losses) => losses,
-            Err(error) => {
-                self.ears.metrics.errors.inc();
-                tracing::debug!(%error, "lost events");
-                return false;
-            }
-        };
-        let new = (losses.ring + losses.missed).saturating_sub(self.losses.ring + self.losses.missed);
-        if new == 0 {
-            return false;
+        let lost = self.losses.have_grown(&self.tracepoints, &self.ears.metrics);
+        if lost {
+            self.lives.forget_requests();
         }
-        self.ears.metrics.lost_events.inc_by(new);
-        if let Some(times) = self.warned.due(clock::monotonic()) {
-            let Losses { ring, missed } = losses;
-            tracing::warn!(ring, missed, times, "kernel events were lost; every connection is looked up");
-        }
-        self.losses = losses;
-        self.lives.forget_requests();
-        true
+        lost
     }
 
     /// A minisocket that goes from FIN_WAIT2 to TIME_WAIT keeps its timer, and is not always announced.

@@ -1,16 +1,15 @@
 //! What the kernel announces of everybody's connections (eBPF): each change, with its time and its cause, between the readings
 //! of the table.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Port, Selection, Service};
 use crate::journal;
-use crate::kernel::tracepoints::{Alarm, Kind, Losses, Tracepoints};
+use crate::kernel::tracepoints::{Alarm, Kind, Tracepoints};
 use crate::kernel::{Row, Table, TableError, Wanted, clock};
-use crate::lives::{Lives, Said};
-use crate::log::OnceAMinute;
+use crate::lives::{KnownLosses, Lives, Said};
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, Identity, Role, State, StateSet};
 
@@ -25,13 +24,12 @@ pub(super) struct Announced {
     lives: Lives,
     served: Served,
     ears: Ears,
-    losses: Losses,
-    /// A reading under way that everybody is held against, and who was known before it.
-    reading: Option<(Vec<Identity>, Vec<Row>)>,
+    losses: KnownLosses,
+    /// A reading under way that everybody is held against, and when the table was asked for it.
+    reading: Option<(Duration, Vec<Row>)>,
     /// The next reading must be such a one.
     stale: bool,
     next_names: Duration,
-    warned: OnceAMinute,
 }
 
 /// Where what is told goes to.
@@ -60,12 +58,11 @@ impl Announced {
             tracepoints,
             served,
             ears: Ears { selection, metrics, totals: HashMap::new(), seeding: true },
-            losses: Losses::default(),
+            losses: KnownLosses::default(),
             reading: None,
             // Whoever is there already is in the first one.
             stale: true,
             next_names: Duration::ZERO,
-            warned: OnceAMinute::default(),
         }
     }
 
@@ -111,9 +108,12 @@ impl Announced {
     /// A reading of the table begins, in which these ports are served. Returns whether events were lost.
     pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) -> bool {
         *lock(&self.served) = served.collect();
-        let lost = self.has_lost();
+        let lost = self.losses.have_grown(&self.tracepoints, self.ears.metrics.observer());
+        if lost {
+            self.lives.forget_requests();
+        }
         if lost || self.stale || !self.tracepoints.tells_of_timers() {
-            self.reading = Some((self.lives.each().map(|(id, _)| *id).collect(), Vec::new()));
+            self.reading = Some((clock::monotonic(), Vec::new()));
         }
         lost
     }
@@ -134,38 +134,17 @@ impl Announced {
 
     /// It is over.
     pub(super) fn reading_ends(&mut self, table: &mut Table) -> Result<(), TableError> {
-        let Some((known, rows)) = self.reading.take() else { return Ok(()) };
+        self.lives.forget_orphans();
+        let Some((asked, rows)) = self.reading.take() else { return Ok(()) };
         self.stale = true;
-        let (lives, ears) = (&mut self.lives, &mut self.ears);
-        let mut newer = HashSet::new();
-        self.tracepoints.drain(|event| {
-            newer.insert(event.cookie);
-            lives.hear(event, &mut |id, said| ears.tell(id, said));
-        });
+        let mut events = Vec::new();
+        self.tracepoints.drain(|event| events.push(*event));
+        let (ears, now) = (&mut self.ears, clock::monotonic());
         let find = |id: &Identity| table.find(&id.flow, id.cookie);
-        lives.reconcile(&known, &rows, &newer, clock::monotonic(), find, &mut |id, said| ears.tell(id, said))?;
+        self.lives.reconcile(asked, &rows, &events, now, find, &mut |id, said| ears.tell(id, said))?;
         self.stale = false;
         self.ears.seeding = false;
         Ok(())
-    }
-
-    fn has_lost(&mut self) -> bool {
-        let Ok(losses) = self.tracepoints.losses() else {
-            self.ears.metrics.observer().errors.inc();
-            return false;
-        };
-        let new = (losses.ring + losses.missed).saturating_sub(self.losses.ring + self.losses.missed);
-        self.losses = losses;
-        if new == 0 {
-            return false;
-        }
-        self.ears.metrics.observer().lost_events.inc_by(new);
-        if let Some(times) = self.warned.due(clock::monotonic()) {
-            let Losses { ring, missed } = losses;
-            tracing::warn!(ring, missed, times, "kernel events were lost; every connection is looked up");
-        }
-        self.lives.forget_requests();
-        true
     }
 }
 
