@@ -294,9 +294,17 @@ fn follower() -> (f64, f64, f64) {
     ]);
     let pair = Kept::start(command.stdout(Stdio::null()));
     await_listener(19908);
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", pair.pid())).expect("tasks");
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-    let task = tasks.flatten().find(|t| read(t.path().join("comm")).trim() == "afterlife").expect("the follower");
+    // A thread names itself, and may not have come to that yet.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let task = loop {
+        let mut tasks = std::fs::read_dir(format!("/proc/{}/task", pair.pid())).expect("tasks").flatten();
+        if let Some(task) = tasks.find(|task| read(task.path().join("comm")).trim() == "afterlife") {
+            break task;
+        }
+        assert!(Instant::now() < deadline, "no thread is the follower");
+        std::thread::sleep(Duration::from_millis(1));
+    };
     let cpu = || {
         let stat = read(task.path().join("schedstat"));
         stat.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).expect("schedstat") / 1e9
