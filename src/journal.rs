@@ -38,6 +38,7 @@ macro_rules! lines {
                 evidence = t.evidence.label(),
                 cause = t.cause.map(crate::tcp::Cause::label),
                 via = t.step.via(),
+                retransmits = (t.retransmits > 0).then_some(t.retransmits),
                 "state"
             );
         }

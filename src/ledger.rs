@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::tcp::{Addresses, Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
+use crate::tcp::{Addresses, ByCookie, Cause, Evidence, Flow, Identity, Role, State, Step, Transition};
 
 pub use reason::Reason;
 pub use selection::{Order, Selection};
@@ -128,7 +128,7 @@ fn unpack(packed: u64) -> Option<Taken> {
 }
 
 /// The living, by cookie. Boxed, because a map that grows has up to twice the room that it needs.
-type Living = HashMap<u64, Box<Life>>;
+type Living = ByCookie<Box<Life>>;
 
 /// All lives of this process's connections.
 pub struct Ledger {
@@ -305,7 +305,8 @@ mod tests {
                 for cause in Cause::ALL.into_iter().map(Some).chain([None]) {
                     for step in Step::ALL {
                         let at = Duration::from_micros(86_400_000_123);
-                        let t = Transition { from: State::Close, to, at, after: None, evidence, cause, step };
+                        let from = State::Close;
+                        let t = Transition { from, to, at, after: None, evidence, cause, step, retransmits: 0 };
                         assert_eq!(unpack(pack(&t)), Some(Taken { to, at, evidence, cause, step }));
                     }
                 }

@@ -1,6 +1,6 @@
 //! TCP's states as Linux numbers them, and one connection's walk through them.
 //!
-//! Pure: no clock, no I/O, nothing but `std`. Time comes in as an argument, as does every fact about the kernel.
+//! Pure: no clock, no I/O. Time comes in as an argument, as does every fact about the kernel.
 //! Must not know: sockets, metrics, logs.
 
 mod addresses;
@@ -9,6 +9,7 @@ mod cause;
 mod evidence;
 mod lifecycle;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -17,6 +18,10 @@ pub use arrows::{ARROWS, Arrow, Trigger};
 pub use cause::Cause;
 pub use evidence::Evidence;
 pub use lifecycle::{Known, Lifecycle, Step, Transition, Transitions};
+
+/// What is known of each socket, by its cookie (SO_COOKIE): a number that the kernel counts up, which nobody can choose to
+/// collide with others, so that a quick hash will do.
+pub type ByCookie<T> = HashMap<u64, T, foldhash::fast::RandomState>;
 
 /// A TCP state, with the kernel's own number (`include/net/tcp_states.h`; RFC 9293 section 3.3.2 for the meaning).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

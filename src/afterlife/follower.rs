@@ -13,7 +13,7 @@ use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, 
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
-use crate::tcp::{Cause, Evidence, State, StateSet};
+use crate::tcp::{ByCookie, Cause, Evidence, State, StateSet};
 
 /// What a lookup costs, and a dump at least (measured on Linux 6.18): the cheaper way is taken.
 const LOOKUP: Duration = Duration::from_micros(3);
@@ -34,7 +34,7 @@ pub(super) struct Follower {
     evidence: Evidence,
     metrics: ObserverMetrics,
     events: Option<DestroyEvents>,
-    followed: HashMap<u64, Followed>,
+    followed: ByCookie<Followed>,
     moving: Vec<u64>,
     next_rest: Duration,
     dump_cost: Duration,
@@ -51,7 +51,7 @@ impl Follower {
             evidence: observer.evidence(),
             table,
             events: None,
-            followed: HashMap::new(),
+            followed: ByCookie::default(),
             moving: Vec::new(),
             next_rest: Duration::ZERO,
             dump_cost: SMALLEST_DUMP,

@@ -76,6 +76,8 @@ struct Line {
     cause: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     via: Option<&'static str>,
+    #[serde(skip_serializing_if = "is_zero")]
+    retransmits: u32,
 }
 
 #[derive(Serialize)]
@@ -112,10 +114,16 @@ pub(super) fn walked(
             evidence: t.evidence.label(),
             cause: t.cause.map(Cause::label),
             via: t.step.via(),
+            retransmits: t.retransmits,
         }
     };
     let walks = walks.iter().map(counted).collect();
     event(Some(id), "walked", &Walked { at: unix.as_secs_f64(), walks, lines: lines.iter().map(line).collect(), more })
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// What there was so far.

@@ -93,8 +93,20 @@ mod tests {
             evidence = "tcp_info",
             cause = Some("shutdown"),
             via = None::<&str>,
+            retransmits = None::<u32>,
             "state"
         );
+    }
+
+    #[test]
+    fn what_was_sent_again_is_told_where_there_is_any() {
+        let line = |format| {
+            let sent_again = || tracing::info!(target: "echoscope::tcp", at_us = 1u64, evidence = "tracepoint", retransmits = Some(2u32), "state");
+            lines(format, sent_again)
+        };
+        assert!(line(Format::Json).contains(r#""evidence":"tracepoint","retransmits":2"#));
+        let told = line(Format::Terminal { colour: false });
+        assert!(told.starts_with("00:00:00.000") && told.contains("[tracepoint, 2 retransmitted]"), "{told}");
     }
 
     #[test]

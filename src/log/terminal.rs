@@ -24,6 +24,7 @@ pub(super) fn state(event: &Event<'_>, colour: bool, line: &mut String) {
         evidence: String,
         cause: String,
         via: String,
+        retransmits: u64,
     }
     impl Fields {
         fn slot(&mut self, field: &Field) -> Option<&mut String> {
@@ -52,8 +53,11 @@ pub(super) fn state(event: &Event<'_>, colour: bool, line: &mut String) {
                 slot.push_str(value);
             }
         }
-        fn record_u64(&mut self, _: &Field, value: u64) {
-            self.at = Some(Duration::from_micros(value));
+        fn record_u64(&mut self, field: &Field, value: u64) {
+            match field.name() {
+                "retransmits" => self.retransmits = value,
+                _ => self.at = Some(Duration::from_micros(value)),
+            }
         }
         fn record_f64(&mut self, _: &Field, value: f64) {
             self.after = Some(value);
@@ -74,8 +78,14 @@ pub(super) fn state(event: &Event<'_>, colour: bool, line: &mut String) {
         Some(seconds) => put!(line, "after {:<8} ", Stay(seconds).to_string()),
         None => put!(line, "{:<14} ", ""),
     }
-    let evidence =
-        if f.via.is_empty() { format!("[{}]", f.evidence) } else { format!("[{}, way {}]", f.evidence, f.via) };
+    let mut evidence = format!("[{}", f.evidence);
+    if !f.via.is_empty() {
+        put!(evidence, ", way {}", f.via);
+    }
+    if f.retransmits > 0 {
+        put!(evidence, ", {} retransmitted", f.retransmits);
+    }
+    evidence.push(']');
     put!(line, "{:<9} {inferred}{evidence:<12}{end} {dim}{} → {}{end}", f.cause, f.local, f.peer);
 }
 

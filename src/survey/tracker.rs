@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::{Listeners, Port, Selection, Service, Sight, Socket, Stay};
 use crate::kernel::{Row, TIME_WAIT};
 use crate::metrics::TOLD;
-use crate::tcp::{Flow, Role, State};
+use crate::tcp::{ByCookie, Flow, Role, State};
 
 /// For how long the kernel's word of an end may be under way.
 pub(super) const LATE: Duration = Duration::from_secs(10);
@@ -55,14 +55,14 @@ pub(super) struct Tracker {
     listening: BTreeMap<u16, Listeners>,
     /// Ports that somebody listens on, or listened on and that have sockets left; and in which round that was seen first.
     served: BTreeMap<u16, u32>,
-    seen: HashMap<u64, Seen>,
+    seen: ByCookie<Seen>,
     sights: BTreeMap<Service, Sight>,
     /// Opened and closed since the start.
     totals: BTreeMap<Service, (u64, u64)>,
     pairs: HashMap<(IpAddr, SocketAddr), u32>,
     stays: Vec<Stay>,
     /// Those that are gone before the kernel said so, and since when: its word may come, and they are counted.
-    gone: HashMap<u64, Duration>,
+    gone: ByCookie<Duration>,
     /// Rows in CLOSE of this round. A descriptor that is still open shows as CLOSE beside its own TIME_WAIT, and before it:
     /// these rows are looked at last.
     closed: Vec<Row>,
@@ -83,12 +83,12 @@ impl Tracker {
             selection,
             listening: BTreeMap::new(),
             served: BTreeMap::new(),
-            seen: HashMap::new(),
+            seen: ByCookie::default(),
             sights: BTreeMap::new(),
             totals: BTreeMap::new(),
             pairs: HashMap::new(),
             stays: Vec::new(),
-            gone: HashMap::new(),
+            gone: ByCookie::default(),
             closed: Vec::new(),
             undecided: HashMap::new(),
             round: 0,

@@ -5,6 +5,8 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
+
 use super::arrows::{self, LONGEST, Path};
 use super::{Cause, Evidence, Role, State, StateSet, Trigger};
 
@@ -51,6 +53,9 @@ pub struct Transition {
     pub cause: Option<Cause>,
     /// Whether the way is known.
     pub step: Step,
+    /// How many segments the kernel announced that it sent again while `from` lasted. Only announcements tell
+    /// (eBPF): 0 where nobody listens to them, too.
+    pub retransmits: u32,
 }
 
 /// What is certain about the time between two observations, beyond the two states.
@@ -69,6 +74,8 @@ pub struct Known {
     pub call: Option<(Cause, Duration)>,
     /// What caused the last step.
     pub cause: Option<Cause>,
+    /// How many segments were sent again before it.
+    pub retransmits: u32,
 }
 
 /// Where one connection is in its life.
@@ -195,6 +202,7 @@ impl Lifecycle {
             evidence: seen.unwrap_or(Evidence::Inferred),
             cause,
             step,
+            retransmits: if seen.is_some() { known.retransmits } else { 0 },
         });
         self.state = to;
         self.since = at;
@@ -287,41 +295,36 @@ fn all_pairs() -> impl Iterator<Item = (Role, State, State)> {
 }
 
 /// What one observation proved: at most one whole life's worth of steps, in order, without an allocation.
-#[derive(Clone, Copy, Debug)]
-pub struct Transitions {
-    items: [Option<Transition>; LONGEST],
-    len: usize,
-}
+#[derive(Clone, Debug)]
+pub struct Transitions(ArrayVec<Transition, LONGEST>);
 
 impl Transitions {
     /// Nothing.
     #[must_use]
     pub fn none() -> Transitions {
-        Transitions { items: [None; LONGEST], len: 0 }
+        Transitions(ArrayVec::new())
     }
 
     fn push(&mut self, transition: Transition) {
-        if self.len < LONGEST {
-            self.items[self.len] = Some(transition);
-            self.len += 1;
-        }
+        // No path is longer than that.
+        let _ = self.0.try_push(transition);
     }
 
     /// The transitions, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Transition> {
-        self.items[..self.len].iter().flatten()
+        self.0.iter()
     }
 
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 
     /// Whether nothing was proved.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.0.is_empty()
     }
 }
 

@@ -103,7 +103,7 @@ export class Log {
     say(row.from, line.from);
     say(row.to, `→ ${line.to}`);
     say(row.after, line.after === undefined ? '' : `after ${duration(line.after)}`);
-    say(row.cause, [line.cause ? words(line.cause) : '', line.via ? `way ${line.via}` : ''].filter(Boolean).join(', '));
+    say(row.cause, [line.cause ? words(line.cause) : '', line.via ? `way ${line.via}` : '', line.retransmits ? `${line.retransmits} retransmitted` : ''].filter(Boolean).join(', '));
     mark(row.evidence, 'class', `badge ${line.evidence}`);
     mark(row.evidence, 'title', EVIDENCE[line.evidence]);
     say(row.evidence, line.evidence);
