@@ -16,7 +16,7 @@ use crate::client::{self, Summary};
 use crate::config::{ClientConfig, Common, Config, Mode, Output, Roles, TargetName, WatchMode, reachable};
 use crate::explain;
 use crate::journal::Journal;
-use crate::kernel::{Observer, limits};
+use crate::kernel::limits;
 use crate::log::LogGuard;
 use crate::metrics::Metrics;
 use crate::progress::Progress;
@@ -59,11 +59,8 @@ pub fn prepare(config: &Config) -> anyhow::Result<Prepared> {
         }
         Mode::Run(_) => eyes::attach(config.common.observer, false)?,
         Mode::Lab(_) if lab.is_some() => eyes::attach(config.common.observer, false)?,
-        // Who looks once hears of no change. Otherwise only when asked for: at thousands of connections a second a few ends in a
-        // hundred thousand have been missed without a loss being told, and the table with destroy events misses none.
-        Mode::Watch(watch) if watch.mode == WatchMode::Serve && config.common.observer == Some(Observer::Ebpf) => {
-            eyes::attach(config.common.observer, true)?
-        }
+        // Who looks once hears of no change.
+        Mode::Watch(watch) if watch.mode == WatchMode::Serve => eyes::attach(config.common.observer, true)?,
         _ => eyes::Announcements::NotAskedFor,
     };
     Ok(Prepared { lab, kernel })

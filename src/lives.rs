@@ -3,6 +3,7 @@
 //! Pure: events and time come in as arguments, what they prove goes out through `tell`. Must not know: where events come
 //! from, or what becomes of what is told.
 
+pub(crate) mod audit;
 mod losses;
 mod meaning;
 
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use crate::kernel::tracepoints::{Event, Kind};
 use crate::kernel::{Row, TIME_WAIT};
-use crate::tcp::{Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
+use crate::tcp::{ByCookie, Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
 pub(crate) use losses::KnownLosses;
 use meaning::{ABORT_ON_DATA, Meaning};
 
@@ -50,8 +51,9 @@ pub(crate) type Which = Box<dyn Fn(&Flow, Option<Role>) -> Option<(Role, u16)> +
 pub(crate) struct Lives {
     which: Which,
     timers: bool,
-    living: HashMap<u64, Living>,
-    requests: HashMap<Flow, Request>,
+    /// Boxed, because a map that grows moves what is in it, and has up to twice the room that it needs.
+    living: ByCookie<Box<Living>>,
+    requests: HashMap<Flow, Request, foldhash::quality::RandomState>,
     /// Who waits for a second event, or for a name.
     undecided: Vec<u64>,
     nameless: Vec<u64>,
@@ -67,6 +69,8 @@ struct Living {
     /// What goes on, or will in a moment, in its place.
     mini: Option<State>,
     ending: Option<Ending>,
+    /// How many segments were sent again in the present state.
+    retransmits: u32,
     /// Since when it is in SYN_SENT without a local port: nothing is told of it yet.
     nameless: Option<Duration>,
     departed: bool,
@@ -80,11 +84,14 @@ struct Ending {
 }
 
 /// A handshake that is not complete.
+#[derive(Clone, Copy)]
 struct Request {
     at: Duration,
     /// Its life's name, once it has one.
     cookie: Option<u64>,
     stopped: Option<(Duration, bool)>,
+    /// How many SYN+ACKs were sent again.
+    retransmits: u32,
 }
 
 impl Lives {
@@ -93,8 +100,8 @@ impl Lives {
         Lives {
             which,
             timers,
-            living: HashMap::new(),
-            requests: HashMap::new(),
+            living: HashMap::default(),
+            requests: HashMap::default(),
             undecided: Vec::new(),
             nameless: Vec::new(),
             stopped: Vec::new(),
@@ -126,7 +133,7 @@ impl Lives {
             }
             Kind::Requested => {
                 let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
-                let request = Request { at: event.at, cookie: life, stopped: None };
+                let request = Request { at: event.at, cookie: life, stopped: None, retransmits: 0 };
                 self.requests.entry(key(&event.flow)).or_insert(request).stopped = None;
             }
             Kind::Unrequested { expired } => {
@@ -141,6 +148,18 @@ impl Lives {
                     && reason == ABORT_ON_DATA
                 {
                     ending.cause = Some(Cause::Abort);
+                }
+            }
+            Kind::Retransmitted(state) => {
+                if let Some(living) = self.of(event, state, tell) {
+                    living.retransmits += 1;
+                }
+            }
+            Kind::SynAckRetransmitted => {
+                let Some(request) = self.requests.get_mut(&key(&event.flow)) else { return };
+                match request.cookie.and_then(|cookie| self.living.get_mut(&cookie)) {
+                    Some(living) => living.retransmits += 1,
+                    None => request.retransmits += 1,
                 }
             }
         }
@@ -207,11 +226,7 @@ impl Lives {
         }
         let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
-        let at = request.map_or(event.at, |request| request.at);
-        let mut living = Living::new(id, Lifecycle::accepted(at));
-        tell(&living.id, Said::Begins(State::Listen, at));
-        living.observe(at, State::SynRecv, None, tell);
-        self.living.insert(event.cookie, living);
+        self.begins_by_request(id, request.as_ref(), event.at, tell);
     }
 
     /// Whose event it is. Who is not known was there before, in `state`.
@@ -320,13 +335,26 @@ impl Lives {
             return;
         }
         let Some((role, port)) = (self.which)(&row.flow, Some(Role::Server)) else { return };
-        let at = request.at;
         request.cookie = Some(cookie);
+        let request = *request;
         let id = Identity { cookie, role, port, flow: row.flow };
+        self.begins_by_request(id, Some(&request), now, tell);
+    }
+
+    /// A server's life begins with its SYN; without a request, at `at`.
+    fn begins_by_request(
+        &mut self,
+        id: Identity,
+        request: Option<&Request>,
+        at: Duration,
+        tell: &mut impl FnMut(&Identity, Said<'_>),
+    ) {
+        let at = request.map_or(at, |request| request.at);
         let mut living = Living::new(id, Lifecycle::accepted(at));
         tell(&living.id, Said::Begins(State::Listen, at));
         living.observe(at, State::SynRecv, None, tell);
-        self.living.insert(cookie, living);
+        living.retransmits = request.map_or(0, |request| request.retransmits);
+        self.living.insert(id.cookie, living);
     }
 
     /// Takes in a socket that the table shows and that no event has told of: it was there before us, or its events were
@@ -357,7 +385,7 @@ impl Lives {
         }
         if state == State::SynRecv {
             // Its end will be that of a request.
-            let request = Request { at: now, cookie: Some(cookie), stopped: None };
+            let request = Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0 };
             self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
@@ -372,7 +400,7 @@ impl Lives {
     /// Keeps of the minisockets in FIN_WAIT2 those that still are: for whoever does not look them up.
     pub(crate) fn forget_orphans(&mut self) {
         let living = &self.living;
-        self.orphans.retain(|cookie| living.get(cookie).is_some_and(Living::is_orphan));
+        self.orphans.retain(|cookie| living.get(cookie).is_some_and(|living| living.is_orphan()));
     }
 
     /// The next `most` minisockets in FIN_WAIT2 that are to be looked up; whoever still is one then is to be kept.
@@ -422,11 +450,11 @@ impl Lives {
         for event in &newer {
             self.hear(event, tell);
         }
-        let newer: HashSet<u64> = newer.iter().map(|event| event.cookie).collect();
+        let newer: HashSet<u64, foldhash::fast::RandomState> = newer.iter().map(|event| event.cookie).collect();
         let mut open: Vec<&Row> = rows.iter().filter(|row| row.state != State::Close && row.cookie.is_some()).collect();
         // The oldest TIME_WAIT first: so that they are entered in their order.
         open.sort_by_key(|row| row.expires);
-        let shown: HashSet<u64> = open.iter().filter_map(|row| row.cookie).collect();
+        let shown: HashSet<u64, foldhash::fast::RandomState> = open.iter().filter_map(|row| row.cookie).collect();
         for row in open.iter().filter(|row| row.cookie.is_some_and(|cookie| !newer.contains(&cookie))) {
             self.found(row, now, tell);
         }
@@ -472,8 +500,13 @@ impl Lives {
 }
 
 impl Living {
-    fn new(id: Identity, life: Lifecycle) -> Living {
-        Living { id, life, mini: None, ending: None, nameless: None, departed: false }
+    fn new(id: Identity, life: Lifecycle) -> Box<Living> {
+        Box::new(Living { id, life, mini: None, ending: None, retransmits: 0, nameless: None, departed: false })
+    }
+
+    /// Whether it is told of, and nothing yet to be decided.
+    fn is_settled(&self) -> bool {
+        self.nameless.is_none() && self.ending.is_none()
     }
 
     fn is_orphan(&self) -> bool {
@@ -515,8 +548,10 @@ impl Living {
         if self.nameless.is_some() {
             return;
         }
-        let transitions = self.life.observe_knowing(at, state, evidence, known);
+        let known = Known { retransmits: self.retransmits, ..*known };
+        let transitions = self.life.observe_knowing(at, state, evidence, &known);
         if !transitions.is_empty() {
+            self.retransmits = 0;
             tell(&self.id, Said::Moves(&transitions));
         }
     }
@@ -627,6 +662,32 @@ mod tests {
         // Its end was lost: it is not asked for for ever.
         hear(&mut lives, &[without(Close, SynSent)]);
         assert!(!lives.wants_names(ms(5000)) && lives.living.is_empty());
+    }
+
+    #[test]
+    fn what_was_sent_again_is_told_with_the_step_after_it() {
+        let mut lives = lives(true);
+        let mut steps = Vec::new();
+        let again = |cookie, kind| event(cookie, 5, flow(cookie >= 100, 40_000), kind);
+        for event in [
+            changed(1, 1, Close, SynSent),
+            again(1, Kind::Retransmitted(SynSent)),
+            again(1, Kind::Retransmitted(SynSent)),
+            again(100, Kind::Requested),
+            event(0, 5, flow(true, 40_000), Kind::SynAckRetransmitted),
+            changed(100, 6, Listen, SynRecv),
+            changed(100, 6, SynRecv, Established),
+            changed(1, 7, SynSent, Established),
+            changed(1, 8, Established, FinWait1),
+        ] {
+            lives.hear(&event, &mut |id, said| {
+                if let Said::Moves(transitions) = said {
+                    steps.extend(transitions.iter().map(|t| (id.cookie, t.from, t.retransmits)));
+                }
+            });
+        }
+        let expected = [(1, Close, 0), (100, Listen, 0), (100, SynRecv, 1), (1, SynSent, 2), (1, Established, 0)];
+        assert_eq!(steps, expected);
     }
 
     #[test]

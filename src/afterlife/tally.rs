@@ -208,7 +208,7 @@ pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) ->
                     add(&event.flow, State::SynRecv);
                 }
             }
-            Kind::ResetSent(_) => {}
+            Kind::ResetSent(_) | Kind::Retransmitted(_) | Kind::SynAckRetransmitted => {}
         }
     }
     for row in rows {

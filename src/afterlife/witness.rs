@@ -11,7 +11,8 @@ use tokio::sync::mpsc;
 use super::tally::{self, Ages, Tally};
 use super::{Departed, GATHER, Shared};
 use crate::kernel::tracepoints::{Alarm, Event, Tracepoints};
-use crate::kernel::{Table, Wanted, clock};
+use crate::kernel::{Table, TableError, Wanted, clock};
+use crate::lives::audit::{self, Audit};
 use crate::lives::{KnownLosses, Lives, Said};
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
@@ -45,6 +46,9 @@ pub(super) struct Witness {
     next_check: Duration,
     next_names: Duration,
     next_rest: Duration,
+    /// Who seems to be elsewhere than was announced, to be looked at again when it is due.
+    audit: Option<Audit>,
+    next_audit: Duration,
     warned: OnceAMinute,
 }
 
@@ -107,6 +111,8 @@ impl Witness {
             next_check: Duration::ZERO,
             next_names: Duration::ZERO,
             next_rest: Duration::ZERO,
+            audit: None,
+            next_audit: audit::next(clock::monotonic(), Duration::ZERO),
             warned: OnceAMinute::default(),
         };
         witness.begin()?;
@@ -197,10 +203,9 @@ impl Witness {
     /// Everything that was announced, and then who has departed: what led to a close(2) was announced before it.
     fn round(&mut self, departed: &mut Vec<Departed>) {
         let now = clock::monotonic();
+        self.hear();
         let ears = &mut self.ears;
-        let lives = &mut self.lives;
-        self.tracepoints.drain(|event| lives.hear(event, &mut |id, said| ears.tell(id, said)));
-        lives.settle(now, &mut |id, said| ears.tell(id, said));
+        self.lives.settle(now, &mut |id, said| ears.tell(id, said));
         for departed in departed.drain(..) {
             let goes_on = self.lives.departs(departed.id.cookie);
             if let Some(reason) = departed.reason {
@@ -219,6 +224,9 @@ impl Witness {
         if now >= self.next_check {
             self.next_check = now + CHECK;
             self.look_up_orphans();
+            if self.tracepoints.tells_of_timers() && now >= self.next_audit {
+                self.hold_against_the_table();
+            }
             // Where no timer tells of them, the ends of TIME_WAITs and of handshakes show in the table only.
             let unheard = !self.tracepoints.tells_of_timers() && now >= self.next_rest;
             self.begin_again |= self.check_for_losses() || unheard;
@@ -234,6 +242,45 @@ impl Witness {
         self.publish();
     }
 
+    /// Takes in what was announced.
+    fn hear(&mut self) {
+        let (ears, lives) = (&mut self.ears, &mut self.lives);
+        self.tracepoints.drain(|event| lives.hear(event, &mut |id, said| ears.tell(id, said)));
+    }
+
+    /// What was not announced, and is not known to be lost, shows in the table.
+    fn hold_against_the_table(&mut self) {
+        let began = clock::monotonic();
+        let doubtful = self.compare(began).unwrap_or_else(|error| {
+            self.failed(&error);
+            None
+        });
+        let now = clock::monotonic();
+        self.next_audit = doubtful.unwrap_or_else(|| audit::next(now, now.saturating_sub(began)));
+    }
+
+    /// Compares everybody with the table, or once more those who seemed to be elsewhere. Returns when these are to be looked at
+    /// again, if there are any.
+    fn compare(&mut self, now: Duration) -> Result<Option<Duration>, TableError> {
+        let Some(mut doubts) = self.audit.take() else {
+            let (mut audit, lives) = (Audit::begin(now), &self.lives);
+            self.table.each(&self.all, |row| audit.row(row, lives))?;
+            self.hear();
+            let again = audit.reading_ends(&self.lives, clock::monotonic());
+            self.audit = again.map(|_| audit);
+            return Ok(again);
+        };
+        let table = &mut self.table;
+        doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
+        self.hear();
+        let unheard = doubts.verdict(&self.lives);
+        if unheard > 0 {
+            self.losses.went_unheard(unheard, &self.ears.metrics);
+            self.begin_again = true;
+        }
+        Ok(None)
+    }
+
     fn publish(&mut self) {
         let lives = &self.lives;
         self.ears.tally.update(&mut self.ears.ages, |cookie| lives.state(cookie));
@@ -241,7 +288,7 @@ impl Witness {
 
     /// After a loss everybody is looked for in the table, and counted anew.
     fn check_for_losses(&mut self) -> bool {
-        let lost = self.losses.have_grown(&self.tracepoints, &self.ears.metrics);
+        let lost = self.losses.have_grown(&mut self.tracepoints, &self.ears.metrics);
         if lost {
             self.lives.forget_requests();
         }

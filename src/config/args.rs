@@ -53,7 +53,7 @@ pub(super) struct GlobalArgs {
     )]
     pub(super) log_format: LogFormat,
     /// Who sees what the sockets do: the kernel's own announcements (ebpf: CAP_BPF and CAP_PERFMON), its socket table by
-    /// netlink (sock_diag) or as text (procfs); auto: the best permitted, but that watch takes ebpf only by name.
+    /// netlink (sock_diag) or as text (procfs); auto: the best permitted.
     #[arg(long, env = "ECHOSCOPE_OBSERVER", default_value = "auto", global = true)]
     pub(super) observer: ObserverArg,
     /// How many closed connections to follow to their end at once (about 700 bytes each); 0: none.

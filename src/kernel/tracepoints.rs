@@ -99,11 +99,12 @@ pub struct Tracepoints {
     services: HashMap<MapData, u32, u32>,
     rescued: Array<MapData, u64>,
     attached: Attached,
+    programs: Ebpf,
     era: u16,
     orphans: HashMap<MapData, u64, u8>,
     lost: Array<MapData, u64>,
     counts: Arc<Mutex<Array<MapData, InKernel>>>,
-    lacks: [Option<TraceError>; 2],
+    lacks: [Option<TraceError>; 3],
 }
 
 impl Tracepoints {
@@ -127,11 +128,16 @@ impl Tracepoints {
             .map_err(|error| TraceError::refused("load the program for tracepoints", &error))?;
         // Timers first: a minisocket that is told of by its timer is then never missed by the socket's own end.
         let mut attached = Attached::default();
-        let timers = TIMERS.iter().try_for_each(|name| attached.twice(&mut programs, name, &types));
+        // Every timer of the host costs what this costs: the second program only where one was passed by.
+        let timers = TIMERS.iter().try_for_each(|name| attached.with_spare(&mut programs, name, &types));
         attached.twice(&mut programs, "inet_sock_set_state", &types)?;
-        let _ = attached.once(&mut programs, "tcp_receive_reset", "on_receive_reset", &types)?;
+        attached.once(&mut programs, "tcp_receive_reset", "on_receive_reset", &types)?;
         // Before Linux 6.10 it does not say why; without it, a RST that answers late data passes for one that came in.
-        let resets = attached.once(&mut programs, "tcp_send_reset", "on_send_reset", &types).map(drop);
+        let resets = attached.once(&mut programs, "tcp_send_reset", "on_send_reset", &types);
+        let retransmits = attached
+            .once(&mut programs, "tcp_retransmit_skb", "on_retransmit_skb", &types)
+            .or_else(|_| attached.once(&mut programs, "tcp_retransmit_skb", "on_retransmit_skb_older", &types))
+            .and_then(|()| attached.once(&mut programs, "tcp_retransmit_synack", "on_retransmit_synack", &types));
         let ring = RingBuf::try_from(take(&mut programs, "events")?);
         let services = HashMap::try_from(take(&mut programs, "services")?);
         let orphans = HashMap::try_from(take(&mut programs, "orphans")?);
@@ -147,8 +153,9 @@ impl Tracepoints {
             counts: Arc::new(Mutex::new(counts.map_err(|e| open(&e))?)),
             rescued: rescued.map_err(|e| open(&e))?,
             attached,
+            programs,
             era: 0,
-            lacks: [timers.err(), resets.err()],
+            lacks: [timers.err(), resets.err(), retransmits.err()],
         })
     }
 
@@ -233,21 +240,17 @@ impl Tracepoints {
         }
     }
 
-    /// How many events were lost, ever.
+    /// How many events were lost, ever. Where some passed a program by, its second one does that work from now on.
     ///
     /// # Errors
     /// What bpf(2) says, or proc(5).
-    pub fn losses(&self) -> Result<Losses, TraceError> {
+    pub fn losses(&mut self) -> Result<Losses, TraceError> {
         let failed = |error: &(dyn Error + 'static)| TraceError::refused("read how many events were lost", error);
         let ring = self.lost.get(&0, 0).map_err(|e| failed(&e))?;
+        self.attached.use_spares(&mut self.programs, |watched| Ok(watched.misses()? > 0))?;
         let mut missed = 0;
-        for (program, _) in &self.attached.twice {
-            let mut info = [0; 1024];
-            let length = program.read_at(&mut info, 0).map_err(|e| failed(&e))?;
-            let info = String::from_utf8_lossy(&info[..length]);
-            // Linux 5.12.
-            let misses = info.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
-            missed += misses.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0);
+        for watched in &self.attached.watched {
+            missed += watched.misses().map_err(|e| failed(&e))?;
         }
         for which in 0..self.rescued.len() {
             missed = missed.saturating_sub(self.rescued.get(&which, 0).map_err(|e| failed(&e))?);
@@ -286,7 +289,7 @@ impl Alarm {
 pub struct Losses {
     /// The ring had no room for them; the counts have them.
     pub ring: u64,
-    /// They happened in an interrupt while both programs were at work on that CPU; nothing has them. Other network
+    /// They happened in an interrupt while every program for them was at work on that CPU; nothing has them. Other network
     /// namespaces' are among them.
     pub missed: u64,
 }
@@ -318,35 +321,102 @@ impl Counts {
 #[derive(Default)]
 struct Attached {
     links: Vec<BtfTracePointLink>,
-    /// What the kernel says of those programs that are there twice (fdinfo, proc(5)): what passed the first one by. Kept
-    /// open, because losses must be known when no descriptor is left, too; and with each the descriptor that it is about.
-    twice: Vec<(File, OwnedFd)>,
+    watched: Vec<Watched>,
+}
+
+/// A program whose misses are counted: what happened in an interrupt while it ran, and passed it by.
+struct Watched {
+    /// What the kernel says of it (fdinfo, proc(5)). Kept open, because losses must be known when no descriptor is left, too;
+    /// and the descriptor that it is about.
+    info: File,
+    _program: OwnedFd,
+    tracepoint: &'static str,
+    /// The program that does what passed this one by, loaded and not attached yet.
+    spare: Option<String>,
+}
+
+impl Watched {
+    /// Linux 5.12; 0 before.
+    fn misses(&self) -> io::Result<u64> {
+        let mut info = [0; 1024];
+        let length = self.info.read_at(&mut info, 0)?;
+        let info = String::from_utf8_lossy(&info[..length]);
+        let misses = info.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+        Ok(misses.and_then(|n| n.trim().parse().ok()).unwrap_or(0))
+    }
 }
 
 impl Attached {
     /// Attaches the two programs of a tracepoint, in this order: the second one does what passed the first one by.
-    fn twice(&mut self, programs: &mut Ebpf, tracepoint: &str, types: &Btf) -> Result<(), TraceError> {
-        let name = format!("on_{}", tracepoint.trim_start_matches("inet_sock_"));
-        let first = self.once(programs, tracepoint, &name, types)?;
-        let info = format!("/proc/self/fdinfo/{}", first.as_raw_fd());
-        let told = File::open(&info).map_err(|error| TraceError::refused(format!("open {info}"), &error))?;
-        self.twice.push((told, first));
-        self.once(programs, tracepoint, &format!("{name}_again"), types).map(drop)
+    fn twice(&mut self, programs: &mut Ebpf, tracepoint: &'static str, types: &Btf) -> Result<(), TraceError> {
+        self.with_spare(programs, tracepoint, types)?;
+        self.use_spares(programs, |watched| Ok(watched.tracepoint == tracepoint))
     }
 
-    /// Loads and attaches one program; returns a descriptor of it.
-    fn once(&mut self, programs: &mut Ebpf, tracepoint: &str, name: &str, types: &Btf) -> Result<OwnedFd, TraceError> {
-        let refused = |error: &(dyn Error + 'static)| TraceError::refused(format!("tracepoint {tracepoint}"), error);
-        let program = programs.program_mut(name).ok_or_else(|| TraceError::Refused {
-            what: format!("tracepoint {tracepoint}"),
-            why: format!("the program has no {name}"),
-        })?;
-        let program: &mut BtfTracePoint = program.try_into().map_err(|e: ProgramError| refused(&e))?;
-        program.load(tracepoint, types).map_err(|e| refused(&e))?;
-        let link = program.attach().map_err(|e| refused(&e))?;
-        self.links.push(program.take_link(link).map_err(|e| refused(&e))?);
-        program.fd().map_err(|e| refused(&e))?.as_fd().try_clone_to_owned().map_err(|e| refused(&e))
+    /// Attaches the first of the two programs of a tracepoint, and loads the second: to attach it later takes no capability.
+    fn with_spare(&mut self, programs: &mut Ebpf, tracepoint: &'static str, types: &Btf) -> Result<(), TraceError> {
+        let name = format!("on_{}", tracepoint.trim_start_matches("inet_sock_"));
+        let again = format!("{name}_again");
+        program(programs, tracepoint, &again)?.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
+        self.once(programs, tracepoint, &name, types)?;
+        if let Some(watched) = self.watched.last_mut() {
+            watched.spare = Some(again);
+        }
+        Ok(())
     }
+
+    /// Attaches the second programs of those that are `needed`.
+    fn use_spares(
+        &mut self,
+        programs: &mut Ebpf,
+        needed: impl Fn(&Watched) -> io::Result<bool>,
+    ) -> Result<(), TraceError> {
+        for watched in self.watched.iter_mut().filter(|watched| watched.spare.is_some()) {
+            let tracepoint = watched.tracepoint;
+            if needed(watched).map_err(|e| refused(tracepoint, &e))?
+                && let Some(spare) = watched.spare.take()
+            {
+                self.links.push(attach(program(programs, tracepoint, &spare)?, tracepoint)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads and attaches one program.
+    fn once(
+        &mut self,
+        programs: &mut Ebpf,
+        tracepoint: &'static str,
+        name: &str,
+        types: &Btf,
+    ) -> Result<(), TraceError> {
+        let program = program(programs, tracepoint, name)?;
+        program.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
+        self.links.push(attach(program, tracepoint)?);
+        let program = program.fd().map_err(|e| refused(tracepoint, &e))?.as_fd().try_clone_to_owned();
+        let program = program.map_err(|e| refused(tracepoint, &e))?;
+        let info = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+        let info = File::open(&info).map_err(|error| TraceError::refused(format!("open {info}"), &error))?;
+        self.watched.push(Watched { info, _program: program, tracepoint, spare: None });
+        Ok(())
+    }
+}
+
+fn refused(tracepoint: &str, error: &(dyn Error + 'static)) -> TraceError {
+    TraceError::refused(format!("tracepoint {tracepoint}"), error)
+}
+
+fn program<'a>(programs: &'a mut Ebpf, tracepoint: &str, name: &str) -> Result<&'a mut BtfTracePoint, TraceError> {
+    let program = programs.program_mut(name).ok_or_else(|| TraceError::Refused {
+        what: format!("tracepoint {tracepoint}"),
+        why: format!("the program has no {name}"),
+    })?;
+    program.try_into().map_err(|e: ProgramError| refused(tracepoint, &e))
+}
+
+fn attach(program: &mut BtfTracePoint, tracepoint: &str) -> Result<BtfTracePointLink, TraceError> {
+    let link = program.attach().map_err(|e| refused(tracepoint, &e))?;
+    program.take_link(link).map_err(|e| refused(tracepoint, &e))
 }
 
 fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {
@@ -360,4 +430,48 @@ fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {
 fn namespace() -> io::Result<u64> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     sockopt::namespace(socket.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    #[ignore = "needs CAP_BPF and CAP_PERFMON"]
+    fn the_second_program_steps_in_without_a_capability_and_tells_nothing_twice() {
+        // Capabilities are a thread's.
+        let kinds = std::thread::spawn(|| {
+            let mut tracepoints = Tracepoints::attach(true).unwrap();
+            let (effective, none) = (CapabilitySet::empty(), CapabilitySet::empty());
+            set_capabilities(None, CapabilitySets { effective, permitted: none, inheritable: none }).unwrap();
+            let before = tracepoints.attached.links.len();
+            tracepoints.attached.use_spares(&mut tracepoints.programs, |_| Ok(true)).unwrap();
+            assert_eq!(tracepoints.attached.links.len(), before + TIMERS.len());
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (ours, theirs) = (client.local_addr().unwrap().port(), client.peer_addr().unwrap().port());
+            let served = listener.accept().unwrap();
+            drop(client);
+            drop(served);
+            let (mut kinds, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(10));
+            let its = |event: &Event| {
+                let ports = [event.flow.local.port(), event.flow.peer.port()];
+                ports == [ours, theirs] || ports == [theirs, ours]
+            };
+            // The last of it: the server's end has the ACK of its FIN.
+            while !kinds.contains(&Kind::Changed { from: State::LastAck, to: State::Close }) {
+                assert!(Instant::now() < deadline, "{kinds:?}");
+                tracepoints.drain(|event| kinds.extend(its(event).then_some(event.kind)));
+            }
+            assert_eq!(tracepoints.losses().unwrap().ring, 0);
+            kinds
+        });
+        let kinds = kinds.join().unwrap();
+        for once in [Kind::Requested, Kind::Unrequested { expired: false }, Kind::Armed(State::TimeWait)] {
+            assert_eq!(kinds.iter().filter(|kind| **kind == once).count(), 1, "{once:?} of {kinds:?}");
+        }
+    }
 }

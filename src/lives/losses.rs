@@ -10,11 +10,12 @@ use crate::metrics::ObserverMetrics;
 pub(crate) struct KnownLosses {
     known: Losses,
     warned: OnceAMinute,
+    warned_of_unheard: OnceAMinute,
 }
 
 impl KnownLosses {
     /// Whether there are new ones: then whatever was told may be out of date, and everybody is to be looked up.
-    pub(crate) fn have_grown(&mut self, tracepoints: &Tracepoints, metrics: &ObserverMetrics) -> bool {
+    pub(crate) fn have_grown(&mut self, tracepoints: &mut Tracepoints, metrics: &ObserverMetrics) -> bool {
         let now = match tracepoints.losses() {
             Ok(losses) => losses,
             Err(error) => {
@@ -34,5 +35,18 @@ impl KnownLosses {
             tracing::warn!(ring, missed, times, "kernel events were lost; every connection is looked up");
         }
         true
+    }
+
+    /// Takes note that so many connections are elsewhere in the table than was announced, although nothing is known to be
+    /// lost. At least one event of each went unheard.
+    pub(crate) fn went_unheard(&mut self, connections: u64, metrics: &ObserverMetrics) {
+        metrics.lost_events.inc_by(connections);
+        if let Some(times) = self.warned_of_unheard.due(clock::monotonic()) {
+            tracing::warn!(
+                connections,
+                times,
+                "the kernel's table shows connections elsewhere than was announced; every connection is looked up"
+            );
+        }
     }
 }

@@ -9,6 +9,7 @@ use super::{Port, Selection, Service};
 use crate::journal;
 use crate::kernel::tracepoints::{Alarm, Kind, Tracepoints};
 use crate::kernel::{Row, Table, TableError, Wanted, clock};
+use crate::lives::audit::{self, Audit};
 use crate::lives::{KnownLosses, Lives, Said};
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, Identity, Role, State, StateSet};
@@ -30,6 +31,11 @@ pub(super) struct Announced {
     /// The next reading must be such a one.
     stale: bool,
     next_names: Duration,
+    /// A reading under way that everybody is compared with, or who seemed to be elsewhere in it.
+    audit: Option<Audit>,
+    /// When they are to be looked at again.
+    doubtful: Option<Duration>,
+    next_audit: Duration,
 }
 
 /// Where what is told goes to.
@@ -63,6 +69,9 @@ impl Announced {
             // Whoever is there already is in the first one.
             stale: true,
             next_names: Duration::ZERO,
+            audit: None,
+            doubtful: None,
+            next_audit: audit::next(clock::monotonic(), Duration::ZERO),
         }
     }
 
@@ -73,11 +82,30 @@ impl Announced {
 
     /// When to listen again although nothing rings.
     pub(super) fn next(&self) -> Option<Duration> {
-        self.lives.next(clock::monotonic())
+        let now = clock::monotonic();
+        let doubtful = self.doubtful.map(|at| at.saturating_sub(now));
+        self.lives.next(now).into_iter().chain(doubtful).min()
     }
 
     /// Takes in what was announced.
     pub(super) fn hear(&mut self, table: &mut Table) -> Result<(), TableError> {
+        self.hear_events();
+        let now = clock::monotonic();
+        if self.doubtful.is_some_and(|at| now >= at) {
+            self.doubtful = None;
+            self.look_again(table)?;
+        }
+        let (lives, ears) = (&mut self.lives, &mut self.ears);
+        lives.settle(now, &mut |id, said| ears.tell(id, said));
+        if now >= self.next_names && lives.wants_names(now) {
+            self.next_names = now + NAMES;
+            let handshakes = Wanted::new(StateSet::of(&[State::SynSent, State::SynRecv]), &[], &[]);
+            table.each(&handshakes, |row| lives.named(row, now, &mut |id, said| ears.tell(id, said)))?;
+        }
+        Ok(())
+    }
+
+    fn hear_events(&mut self) {
         let (lives, ears, served) = (&mut self.lives, &mut self.ears, &self.served);
         self.tracepoints.drain(|event| {
             if let Kind::Changed { to: State::Listen, .. } = event.kind {
@@ -85,12 +113,18 @@ impl Announced {
             }
             lives.hear(event, &mut |id, said| ears.tell(id, said));
         });
-        let now = clock::monotonic();
-        lives.settle(now, &mut |id, said| ears.tell(id, said));
-        if now >= self.next_names && lives.wants_names(now) {
-            self.next_names = now + NAMES;
-            let handshakes = Wanted::new(StateSet::of(&[State::SynSent, State::SynRecv]), &[], &[]);
-            table.each(&handshakes, |row| lives.named(row, now, &mut |id, said| ears.tell(id, said)))?;
+    }
+
+    /// Looks once more at those who seemed to be elsewhere than was announced. If they are, everybody is held against the next
+    /// reading.
+    fn look_again(&mut self, table: &mut Table) -> Result<(), TableError> {
+        let Some(mut doubts) = self.audit.take() else { return Ok(()) };
+        doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
+        self.hear_events();
+        let unheard = doubts.verdict(&self.lives);
+        if unheard > 0 {
+            self.losses.went_unheard(unheard, self.ears.metrics.observer());
+            self.stale = true;
         }
         Ok(())
     }
@@ -108,18 +142,24 @@ impl Announced {
     /// A reading of the table begins, in which these ports are served. Returns whether events were lost.
     pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) -> bool {
         *lock(&self.served) = served.collect();
-        let lost = self.losses.have_grown(&self.tracepoints, self.ears.metrics.observer());
+        let lost = self.losses.have_grown(&mut self.tracepoints, self.ears.metrics.observer());
         if lost {
             self.lives.forget_requests();
         }
         if lost || self.stale || !self.tracepoints.tells_of_timers() {
             self.reading = Some((clock::monotonic(), Vec::new()));
+            (self.audit, self.doubtful) = (None, None);
+        } else if self.doubtful.is_none() && clock::monotonic() >= self.next_audit {
+            self.audit = Some(Audit::begin(clock::monotonic()));
         }
         lost
     }
 
     /// A row of it.
     pub(super) fn row(&mut self, row: &Row) {
+        if let Some(audit) = self.audit.as_mut().filter(|_| self.doubtful.is_none()) {
+            audit.row(row, &self.lives);
+        }
         if let Some((_, rows)) = &mut self.reading {
             rows.push(*row);
         } else if row.state == State::TimeWait
@@ -135,6 +175,13 @@ impl Announced {
     /// It is over.
     pub(super) fn reading_ends(&mut self, table: &mut Table) -> Result<(), TableError> {
         self.lives.forget_orphans();
+        if self.audit.is_some() && self.doubtful.is_none() {
+            self.hear_events();
+            let now = clock::monotonic();
+            self.next_audit = audit::next(now, Duration::ZERO);
+            self.doubtful = self.audit.as_mut().and_then(|audit| audit.reading_ends(&self.lives, now));
+            self.audit = self.audit.take().filter(|_| self.doubtful.is_some());
+        }
         let Some((asked, rows)) = self.reading.take() else { return Ok(()) };
         self.stale = true;
         let mut events = Vec::new();

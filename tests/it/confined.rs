@@ -20,13 +20,17 @@ pub fn command_without_capabilities() -> Command {
 }
 
 /// Starts `command` where a system call gives EPERM, if its arguments are as one of `when` says; without any, always.
-/// The filter is inherited by what its thread starts, and by nothing else.
-pub fn spawn_refusing(mut command: Command, call: libc::c_long, when: Vec<SeccompRule>) -> Echoscope {
+pub fn spawn_refusing(command: Command, call: libc::c_long, when: Vec<SeccompRule>) -> Echoscope {
+    spawn_failing(command, call, when, libc::EPERM)
+}
+
+/// The same with another error. The filter is inherited by what its thread starts, and by nothing else.
+pub fn spawn_failing(mut command: Command, call: libc::c_long, when: Vec<SeccompRule>, errno: i32) -> Echoscope {
     std::thread::spawn(move || {
         let filter = SeccompFilter::new(
             [(call, when)].into(),
             SeccompAction::Allow,
-            SeccompAction::Errno(libc::EPERM as u32),
+            SeccompAction::Errno(errno as u32),
             std::env::consts::ARCH.try_into().unwrap(),
         );
         let program: BpfProgram = filter.unwrap().try_into().unwrap();

@@ -7,13 +7,15 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
+use aya::maps::{HashMap, Map, MapData, loaded_maps};
 use aya::programs::loaded_programs;
 use echoscope::kernel::{Table, Wanted};
 use echoscope::tcp::{Role, State, StateSet};
+use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 use serde_json::Value;
 use socket2::SockRef;
 
-use crate::confined::spawn_refusing;
+use crate::confined::{spawn_failing, spawn_refusing};
 use crate::support::{Echoscope, command, lives, quiet_port, until, walk};
 
 const CLIENT: [&str; 6] = ["CLOSED", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"];
@@ -48,6 +50,16 @@ fn until_equal(process: &Echoscope, port: u16) {
         apart.is_empty().then_some(())
     });
     assert!(equal.is_some(), "the table, and the metrics: {apart:?}");
+}
+
+/// The same of those who look at the clients of `port` only.
+fn until_clients_equal(process: &Echoscope, port: u16) {
+    until("as the table has it", || {
+        let table = by_table(port);
+        let client = table.iter().filter(|(role, ..)| *role == Role::Client);
+        let metrics = process.metrics();
+        client.into_iter().all(|(_, s, n)| metrics.sockets("client", port, s.label()) == *n as f64).then_some(())
+    });
 }
 
 /// Both ends of `count` connections to `listener`.
@@ -189,12 +201,7 @@ fn after_a_loss_it_is_said_and_everything_is_right_again() {
     });
     process.line("a warning", |l| l["message"] == "kernel events were lost; every connection is looked up");
     assert!(lost > 1000.0, "{lost}");
-    until("as the table has it", || {
-        let table = by_table(port);
-        let client = table.iter().filter(|(role, ..)| *role == Role::Client);
-        let metrics = process.metrics();
-        client.into_iter().all(|(_, s, n)| metrics.sockets("client", port, s.label()) == *n as f64).then_some(())
-    });
+    until_clients_equal(&process, port);
     // Nobody who has gone is still alive, and who comes now is told of as ever.
     assert_eq!(ends_before, 10);
     until("nobody left in the ledger but who waits", || {
@@ -205,6 +212,46 @@ fn after_a_loss_it_is_said_and_everything_is_right_again() {
     let again = connected(&listener, 3);
     until("three", || (process.metrics().sockets("client", port, "established") == 3.0).then_some(()));
     drop(again);
+}
+
+/// The program's table of services, by which it decides what to tell of.
+fn services_of(process: &Echoscope) -> HashMap<MapData, u32, u32> {
+    let ours = maps_of(&open_in(process, "prog_id:"));
+    let mut named = loaded_maps().flatten().filter(|map| map.name_as_str() == Some("services"));
+    let id = named.find_map(|map| ours.contains(&map.id()).then_some(map.id())).unwrap();
+    HashMap::try_from(Map::HashMap(MapData::from_id(id).unwrap())).unwrap()
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn what_went_unheard_is_found_in_the_table_counted_and_made_good() {
+    let port = quiet_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let mut kept = connected(&listener, 8);
+    let process = looks_at(port);
+    until("eight", || (process.metrics().sockets("client", port, "established") == 8.0).then_some(()));
+    // For a while the program takes this port for somebody else's: whatever happens is not announced, and nobody knows.
+    let mut services = services_of(&process);
+    let key = (Role::Client as u32) << 16 | u32::from(port);
+    let place = services.get(&key, 0).unwrap();
+    services.remove(&key).unwrap();
+    drop(kept.drain(..3));
+    kept.extend(connected(&listener, 2));
+    services.insert(key, place, 0).unwrap();
+    let lost = until("a loss", || {
+        let lost = process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]);
+        (lost > 0.0).then_some(lost)
+    });
+    assert_eq!(lost, 5.0, "three that ended, and two that began");
+    process.line("a warning", |l| {
+        l["message"].as_str().is_some_and(|m| m.contains("elsewhere than was announced")) && l["connections"] == 5
+    });
+    until_clients_equal(&process, port);
+    assert_eq!(process.metrics().sockets("client", port, "established"), 7.0);
+    // It is counted once.
+    drop(kept);
+    until_clients_equal(&process, port);
+    assert_eq!(process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]), 5.0);
 }
 
 #[test]
@@ -237,13 +284,19 @@ fn what_happens_in_another_namespace_is_not_told() {
     assert!(told.keys().all(|(_, conn)| !here.contains(conn)));
 }
 
-/// The programs of ours that are loaded, by the descriptors of `process`.
-fn programs(process: &Echoscope) -> BTreeSet<u32> {
+/// The numbers of what `process` has open of one kind, by what the kernel says of its descriptors.
+fn open_in(process: &Echoscope, field: &str) -> BTreeSet<u32> {
     let of = |entry: std::fs::DirEntry| {
         let info = std::fs::read_to_string(entry.path()).ok()?;
-        info.lines().find_map(|line| line.strip_prefix("prog_id:"))?.trim().parse().ok()
+        info.lines().find_map(|line| line.strip_prefix(field))?.trim().parse().ok()
     };
     std::fs::read_dir(format!("/proc/{}/fdinfo", process.pid())).unwrap().flatten().filter_map(of).collect()
+}
+
+/// Every map that these programs use, open or not.
+fn maps_of(programs: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let ours = loaded_programs().flatten().filter(|program| programs.contains(&program.id()));
+    ours.flat_map(|program| program.map_ids().unwrap().expect("Linux 4.15")).collect()
 }
 
 #[test]
@@ -251,13 +304,17 @@ fn programs(process: &Echoscope) -> BTreeSet<u32> {
 fn nothing_stays_behind_not_even_after_sigkill() {
     for signal in ["TERM", "KILL"] {
         let process = looks_at(quiet_port());
-        let ours = programs(&process);
-        assert_eq!(ours.len(), 8, "two each of three, and two more");
+        let (programs, maps) = (open_in(&process, "prog_id:"), open_in(&process, "map_id:"));
+        assert_eq!(programs.len(), 10, "two each of three, and four more");
+        assert!(maps.len() >= 6, "{maps:?}");
+        let held: BTreeSet<u32> = maps_of(&programs);
+        assert!(maps.is_subset(&held), "{maps:?} of {held:?}");
         process.signal(signal);
         let _ = process.wait();
-        until("every program to be gone", || {
-            let loaded: BTreeSet<u32> = loaded_programs().flatten().map(|program| program.id()).collect();
-            loaded.is_disjoint(&ours).then_some(())
+        until("every program and map to be gone", || {
+            let programs_left: BTreeSet<u32> = loaded_programs().flatten().map(|program| program.id()).collect();
+            let maps_left: BTreeSet<u32> = loaded_maps().flatten().map(|map| map.id()).collect();
+            (programs_left.is_disjoint(&programs) && maps_left.is_disjoint(&held)).then_some(())
         });
     }
 }
@@ -310,6 +367,31 @@ fn where_a_sandbox_refuses_it_one_line_says_so() {
     assert_eq!((used.as_str(), &line["level"]), ("sock_diag", &"INFO".into()));
     // Who lacks the capabilities does not even try.
     assert!(["refused", "not_permitted"].contains(&why.as_str()), "{why}: {line}");
+}
+
+#[test]
+#[ignore = "needs root, and unshare (util-linux)"]
+fn without_the_kernels_types_one_line_says_so() {
+    let inner = auto();
+    let mut command = Command::new("unshare");
+    let hidden = "mount -t tmpfs none /sys/kernel/btf && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", hidden, "-"]).arg(inner.get_program()).args(inner.get_args());
+    command.env("ECHOSCOPE_OBSERVER", "auto");
+    let (used, why, line) = observer_of(Echoscope::spawn(&mut command));
+    assert_eq!((used.as_str(), why.as_str()), ("sock_diag", "no_types"));
+    assert!(line["reason"].as_str().unwrap().contains("/sys/kernel/btf/vmlinux"), "{line}");
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn on_a_kernel_that_does_not_name_namespaces_one_line_says_so() {
+    let so_netns_cookie = 71;
+    let asked = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, so_netns_cookie).unwrap();
+    let when = vec![SeccompRule::new(vec![asked]).unwrap()];
+    let older = spawn_failing(auto(), libc::SYS_getsockopt, when, libc::ENOPROTOOPT);
+    let (used, why, line) = observer_of(older);
+    assert_eq!((used.as_str(), why.as_str()), ("sock_diag", "no_namespace"));
+    assert!(line["reason"].as_str().unwrap().contains("SO_NETNS_COOKIE"), "{line}");
 }
 
 #[test]

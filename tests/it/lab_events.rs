@@ -84,6 +84,43 @@ fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
     }
     let expected = ENDS.iter().map(|(name, ends)| (*name, ends.iter().map(|end| (*end).to_owned()).collect()));
     assert_eq!(ends(&lines), expected.collect());
+    let resent = resent(&lines);
+    assert!(resent.is_superset(&RESENT.iter().copied().map(owned).collect()), "{resent:?}");
+    assert!(resent.iter().all(|(name, ..)| *name != "handshake-and-four-way-close"), "{resent:?}");
+}
+
+/// Where segments are lost on purpose, by role and state: what was sent in it is sent again.
+const RESENT: &[(&str, &str, &str)] = &[
+    ("syn-sent-stuck", "client", "SYN_SENT"),
+    ("syn-sent-stuck", "server", "SYN_RECV"),
+    ("syn-recv-stuck", "server", "SYN_RECV"),
+    ("fin-wait1-stuck", "client", "FIN_WAIT1"),
+    ("last-ack-lost", "server", "LAST_ACK"),
+    ("simultaneous-open", "client", "FIN_WAIT1"),
+    ("accept-queue-overflow", "client", "SYN_SENT"),
+    ("retransmission-timeout", "client", "ESTABLISHED"),
+];
+
+type Resent = (&'static str, String, String);
+
+fn owned((scenario, role, state): (&'static str, &str, &str)) -> Resent {
+    (scenario, role.to_owned(), state.to_owned())
+}
+
+/// In which states of which scenario the log says that segments were sent again.
+fn resent(lines: &[Value]) -> BTreeSet<Resent> {
+    let again = lines.iter().filter(|line| line["retransmits"].as_u64().is_some_and(|n| n > 0));
+    again
+        .filter_map(|line| {
+            let text = |name: &str| line[name].as_str().expect("a text");
+            Some(owned((scenario(ports_of(line))?, text("role"), text("from"))))
+        })
+        .collect()
+}
+
+fn ports_of(line: &Value) -> (u16, u16) {
+    let port = |name: &str| line[name].as_str()?.rsplit(':').next()?.parse().ok();
+    port("local").zip(port("peer")).expect("two ports")
 }
 
 /// How the connections of each scenario end, other than by the four segments and by TIME_WAIT, and why: as it made them end.
@@ -109,9 +146,8 @@ fn ends(lines: &[Value]) -> BTreeMap<&'static str, BTreeSet<String>> {
     let mut found: BTreeMap<_, BTreeSet<String>> = BTreeMap::new();
     for line in lines.iter().filter(|l| l["message"] == "state" && l["to"] == "CLOSED") {
         let text = |name: &str| line[name].as_str().unwrap_or("unknown");
-        let port = |name| text(name).rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
         let orderly = matches!((text("from"), text("cause")), ("LISTEN" | "TIME_WAIT", _) | ("LAST_ACK", "ack"));
-        if let Some(scenario) = scenario((port("local"), port("peer"))).filter(|_| !orderly) {
+        if let Some(scenario) = scenario(ports_of(line)).filter(|_| !orderly) {
             let end = format!("{} {} {}", text("role"), text("from"), text("cause"));
             found.entry(scenario).or_default().insert(end);
         }

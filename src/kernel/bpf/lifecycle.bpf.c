@@ -25,6 +25,8 @@ enum kind {
 	REQUESTED = 4,	/* a SYN was answered: a request socket's clock starts */
 	UNREQUESTED = 5,	/* that clock has run down, or was stopped */
 	RESET_SENT = 6,	/* why: enum sk_rst_reason */
+	RETRANSMITTED = 7,	/* a full socket sent a segment again */
+	SYNACK_RETRANSMITTED = 8,	/* a request did */
 };
 
 enum flag {
@@ -321,8 +323,6 @@ static __always_inline int changed(__u64 *ctx)
 	__u64 cookie, *last, was_reset = 0;
 	__u32 zero = 0;
 
-	if (sk->__sk_common.skc_net.net->net_cookie != netns)
-		return 0;
 	/* Other protocols report their states here too. */
 	tp = bpf_skc_to_tcp_sock(sk);
 	/* close(2) after shutdown(2) says the same state again. */
@@ -369,9 +369,17 @@ static __always_inline int changed(__u64 *ctx)
 	return 0;
 }
 
+/* What is not ours is to cost next to nothing, so it leaves no mark either. */
+static __always_inline int is_foreign(struct sock *sk)
+{
+	return sk->__sk_common.skc_net.net->net_cookie != netns;
+}
+
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state(__u64 *ctx)
 {
+	if (is_foreign((void *)ctx[0]))
+		return 0;
 	mark(STATE, ctx);
 	return changed(ctx);
 }
@@ -379,7 +387,9 @@ int on_set_state(__u64 *ctx)
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state_again(__u64 *ctx)
 {
-	return marked(STATE, ctx) ? 0 : changed(ctx);
+	if (is_foreign((void *)ctx[0]) || marked(STATE, ctx))
+		return 0;
+	return changed(ctx);
 }
 
 SEC("tp_btf/tcp_receive_reset")
@@ -402,7 +412,7 @@ int on_send_reset(__u64 *ctx)
 	struct mine mine;
 	struct event *e;
 
-	if (!sk || sk->__sk_common.skc_net.net->net_cookie != netns)
+	if (!sk || is_foreign(sk))
 		return 0;
 	/* A minisocket, or a request, sends them too. */
 	tp = bpf_skc_to_tcp_sock(sk);
@@ -415,6 +425,76 @@ int on_send_reset(__u64 *ctx)
 		return 0;
 	name(e, tp);
 	e->reason = ctx[2];
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+/* Addresses of a socket that is not a full one; its timer led to it, so each load must be checked. */
+static __always_inline void name_mini(struct event *e, struct sock_common *skc, __u16 local)
+{
+	e->local_port = local;
+	e->peer_port = swapped(BPF_CORE_READ(skc, skc_dport));
+	e->interface = BPF_CORE_READ(skc, skc_bound_dev_if);
+	if (BPF_CORE_READ(skc, skc_family) == AF_INET6) {
+		e->ipv6 = 1;
+		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
+		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
+	} else {
+		*(__be32 *)e->local = BPF_CORE_READ(skc, skc_rcv_saddr);
+		*(__be32 *)e->peer = BPF_CORE_READ(skc, skc_daddr);
+	}
+}
+
+static __always_inline int retransmitted(struct sock *sk)
+{
+	struct tcp_sock *tp;
+	struct mine mine;
+	struct event *e;
+
+	if (is_foreign(sk))
+		return 0;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp || !find_full(&mine, tp))
+		return 0;
+	e = event(RETRANSMITTED, &mine, bpf_get_socket_cookie(sk));
+	if (!e)
+		return 0;
+	name(e, tp);
+	e->from = e->to = sk->__sk_common.skc_state;
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+/* Before Linux 6.16 it is told of only when the segment went out. */
+SEC("tp_btf/tcp_retransmit_skb")
+int on_retransmit_skb(__u64 *ctx)
+{
+	return (int)ctx[2] ? 0 : retransmitted((void *)ctx[0]);
+}
+
+SEC("tp_btf/tcp_retransmit_skb")
+int on_retransmit_skb_older(__u64 *ctx)
+{
+	return retransmitted((void *)ctx[0]);
+}
+
+SEC("tp_btf/tcp_retransmit_synack")
+int on_retransmit_synack(__u64 *ctx)
+{
+	struct sock_common *skc = &((struct request_sock *)ctx[1])->__req_common;
+	struct mine mine;
+	struct event *e;
+	__u16 local;
+
+	if (skc->skc_net.net->net_cookie != netns)
+		return 0;
+	local = skc->skc_num;
+	if (!find(&mine, local, swapped(skc->skc_dport), 0))
+		return 0;
+	e = event(SYNACK_RETRANSMITTED, &mine, skc->skc_cookie.counter);
+	if (!e)
+		return 0;
+	name_mini(e, skc, local);
 	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
@@ -460,34 +540,26 @@ static __attribute__((noinline)) int learn(__u64 function)
 	return 0;
 }
 
-/* Addresses of a socket that is not a full one; its timer led to it, so each load must be checked. */
-static __always_inline void name_mini(struct event *e, struct sock_common *skc, __u16 local)
+static __always_inline struct inet_timewait_sock *minisocket_of(struct timer_list *timer)
 {
-	e->local_port = local;
-	e->peer_port = swapped(BPF_CORE_READ(skc, skc_dport));
-	e->interface = BPF_CORE_READ(skc, skc_bound_dev_if);
-	if (BPF_CORE_READ(skc, skc_family) == AF_INET6) {
-		e->ipv6 = 1;
-		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
-		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
-	} else {
-		*(__be32 *)e->local = BPF_CORE_READ(skc, skc_rcv_saddr);
-		*(__be32 *)e->peer = BPF_CORE_READ(skc, skc_daddr);
-	}
+	return (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
+}
+
+static __always_inline struct request_sock *request_of(struct timer_list *timer)
+{
+	return (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
 }
 
 static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 {
-	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
-	struct sock_common *skc = (void *)tw + bpf_core_field_offset(struct inet_timewait_sock, __tw_common);
+	struct inet_timewait_sock *tw = minisocket_of(timer);
+	struct sock_common *skc = &tw->__tw_common;
 	struct mine mine;
 	struct event *e;
 	__u64 cookie;
 	__u16 local, peer;
 	__u8 state, one = 1;
 
-	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
-		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
 	peer = swapped(BPF_CORE_READ(skc, skc_dport));
 	if (!find(&mine, local, peer, local == peer && is_itself(skc)))
@@ -514,14 +586,11 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 
 static __always_inline int on_request(struct timer_list *timer, int armed)
 {
-	struct request_sock *req = (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
-	struct sock_common *skc = (void *)req + bpf_core_field_offset(struct request_sock, __req_common);
+	struct sock_common *skc = &request_of(timer)->__req_common;
 	struct mine mine;
 	struct event *e;
 	__u16 local;
 
-	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
-		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
 	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport)), 0))
 		return 0;
@@ -537,22 +606,33 @@ static __always_inline int on_request(struct timer_list *timer, int armed)
 	return 0;
 }
 
-static __always_inline int on_timer(struct timer_list *timer, int armed)
+/* Whether a timer is none of those, as most of a host's, or another namespace's. */
+static __always_inline int is_other(struct timer_list *timer)
 {
 	__u64 function = (__u64)timer->function;
+	struct sock_common *skc;
 
 	if (!timewait_timer || !request_timer)
 		learn(function);
 	if (function == timewait_timer)
-		return on_minisocket(timer, armed);
-	if (function == request_timer)
-		return on_request(timer, armed);
-	return 0;
+		skc = &minisocket_of(timer)->__tw_common;
+	else if (function == request_timer)
+		skc = &request_of(timer)->__req_common;
+	else
+		return 1;
+	return BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns;
+}
+
+static __always_inline int on_timer(struct timer_list *timer, int armed)
+{
+	return (__u64)timer->function == timewait_timer ? on_minisocket(timer, armed) : on_request(timer, armed);
 }
 
 SEC("tp_btf/timer_start")
 int on_timer_start(__u64 *ctx)
 {
+	if (is_other((void *)ctx[0]))
+		return 0;
 	mark(START, ctx);
 	return on_timer((void *)ctx[0], 1);
 }
@@ -560,12 +640,16 @@ int on_timer_start(__u64 *ctx)
 SEC("tp_btf/timer_start")
 int on_timer_start_again(__u64 *ctx)
 {
-	return marked(START, ctx) ? 0 : on_timer((void *)ctx[0], 1);
+	if (is_other((void *)ctx[0]) || marked(START, ctx))
+		return 0;
+	return on_timer((void *)ctx[0], 1);
 }
 
 SEC("tp_btf/timer_cancel")
 int on_timer_cancel(__u64 *ctx)
 {
+	if (is_other((void *)ctx[0]))
+		return 0;
 	mark(CANCEL, ctx);
 	return on_timer((void *)ctx[0], 0);
 }
@@ -573,7 +657,9 @@ int on_timer_cancel(__u64 *ctx)
 SEC("tp_btf/timer_cancel")
 int on_timer_cancel_again(__u64 *ctx)
 {
-	return marked(CANCEL, ctx) ? 0 : on_timer((void *)ctx[0], 0);
+	if (is_other((void *)ctx[0]) || marked(CANCEL, ctx))
+		return 0;
+	return on_timer((void *)ctx[0], 0);
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

@@ -36,6 +36,10 @@ pub enum Kind {
     },
     /// A RST went out, for this reason (`enum sk_rst_reason`, include/net/rstreason.h, Linux 6.10).
     ResetSent(u8),
+    /// A full socket, in this state, sent a segment again (`__tcp_retransmit_skb`).
+    Retransmitted(State),
+    /// A SYN+ACK was sent again (`tcp_rtx_synack`).
+    SynAckRetransmitted,
 }
 
 /// One event.
@@ -106,6 +110,8 @@ impl Event {
                 4 => Kind::Requested,
                 5 => Kind::Unrequested { expired: has(EXPIRED) },
                 6 => Kind::ResetSent(reason),
+                7 => Kind::Retransmitted(state(from)?),
+                8 => Kind::SynAckRetransmitted,
                 _ => return None,
             },
             era: u32_at(64) as u16,
@@ -189,7 +195,14 @@ mod tests {
         for length in 0..SIZE {
             assert_eq!(Event::read(&bytes(1, 1, 4, 0)[..length]), None);
         }
-        for wrong in [bytes(0, 1, 4, 0), bytes(7, 1, 4, 0), bytes(1, 0, 4, 0), bytes(1, 1, 13, 0), bytes(2, 0, 0, 0)] {
+        for wrong in [
+            bytes(0, 1, 4, 0),
+            bytes(9, 1, 4, 0),
+            bytes(1, 0, 4, 0),
+            bytes(7, 0, 0, 0),
+            bytes(1, 1, 13, 0),
+            bytes(2, 0, 0, 0),
+        ] {
             assert_eq!(Event::read(&wrong), None);
         }
     }

@@ -1,0 +1,236 @@
+//! Lives held against the kernel's table now and then. Whatever was not announced, and is not known to be lost, shows there:
+//! some kernels run no program for what happens while certain processes are at work.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use super::Lives;
+use crate::kernel::Row;
+use crate::tcp::{Identity, State};
+
+/// How often a comparison is made, at least while it takes less than one part in a hundred of the time.
+const EVERY: Duration = Duration::from_secs(10);
+const DUTY: u32 = 100;
+
+/// How long who seems to be elsewhere has time to turn out to be where the table has him: an event may be on its way.
+const DOUBT: Duration = Duration::from_millis(100);
+
+/// When the next comparison is due, after one that took `spent`.
+pub(crate) fn next(now: Duration, spent: Duration) -> Duration {
+    now + EVERY.max(spent * DUTY)
+}
+
+/// One comparison: a reading, then what was announced until after it, and of whoever is elsewhere then a lookup of his own.
+pub(crate) struct Audit {
+    began: Duration,
+    shown: HashSet<u64, foldhash::fast::RandomState>,
+    differing: Vec<Row>,
+    suspects: Vec<Suspect>,
+    looked_up: Vec<(Suspect, Option<Row>)>,
+}
+
+/// Whom the table shows elsewhere, or not at all, and where he was told to be.
+#[derive(Clone, Copy)]
+struct Suspect {
+    id: Identity,
+    told: Option<(State, Duration)>,
+}
+
+impl Audit {
+    /// A reading of the table begins.
+    pub(crate) fn begin(now: Duration) -> Audit {
+        Audit { began: now, shown: HashSet::default(), differing: vec![], suspects: vec![], looked_up: vec![] }
+    }
+
+    /// A row of it.
+    pub(crate) fn row(&mut self, row: &Row, lives: &Lives) {
+        if let Some(cookie) = row.cookie {
+            self.shown.insert(cookie);
+            if !lives.agrees_with(row, cookie) {
+                self.differing.push(*row);
+            }
+        }
+    }
+
+    /// The reading is over, and what was announced until now was heard. Returns when to look again whoever is elsewhere, if
+    /// there is any such.
+    pub(crate) fn reading_ends(&mut self, lives: &Lives, now: Duration) -> Option<Duration> {
+        let before = |at: Duration| at < self.began;
+        for row in std::mem::take(&mut self.differing) {
+            let Some(cookie) = row.cookie.filter(|cookie| !lives.agrees_with(&row, *cookie)) else { continue };
+            let told = lives.state(cookie);
+            if told.is_none_or(|(_, since)| before(since))
+                && let Some((role, port)) = (lives.which)(&row.flow, None)
+            {
+                self.suspects.push(Suspect { id: Identity { cookie, role, port, flow: row.flow }, told });
+            }
+        }
+        let absent = lives.settled().filter(|(id, _, since)| before(*since) && !self.shown.contains(&id.cookie));
+        self.suspects.extend(absent.map(|(id, state, since)| Suspect { id: *id, told: Some((state, since)) }));
+        self.shown = HashSet::default();
+        (!self.suspects.is_empty()).then_some(now + DOUBT)
+    }
+
+    /// Looks up who was elsewhere, and still is told to be; after that what was announced is to be heard once more.
+    ///
+    /// # Errors
+    /// What `find` says.
+    pub(crate) fn look_up<E>(
+        &mut self,
+        lives: &Lives,
+        mut find: impl FnMut(&Identity) -> Result<Option<Row>, E>,
+    ) -> Result<(), E> {
+        for suspect in std::mem::take(&mut self.suspects) {
+            if lives.state(suspect.id.cookie) == suspect.told {
+                self.looked_up.push((suspect, find(&suspect.id)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// How many are elsewhere than they were told to be, without a doubt.
+    pub(crate) fn verdict(self, lives: &Lives) -> u64 {
+        let elsewhere = |(suspect, row): &&(Suspect, Option<Row>)| {
+            let cookie = suspect.id.cookie;
+            lives.state(cookie) == suspect.told
+                && match row {
+                    Some(row) => !lives.agrees_with(row, cookie),
+                    None => lives.is_settled(cookie),
+                }
+        };
+        self.looked_up.iter().filter(elsewhere).count() as u64
+    }
+}
+
+impl Lives {
+    /// Whether a row shows somebody where he was told to be, or whom nobody has to tell of yet.
+    fn agrees_with(&self, row: &Row, cookie: u64) -> bool {
+        let state = row.state.shown();
+        if matches!(state, State::Listen | State::Close) {
+            return true;
+        }
+        match self.living.get(&cookie) {
+            // That step is not always announced, and looked up by whoever minds.
+            Some(living) if living.is_orphan() && state == State::TimeWait => true,
+            Some(living) => living.nameless.is_some() || living.life.state() == state,
+            None => self.requests.contains_key(&super::key(&row.flow)) || (self.which)(&row.flow, None).is_none(),
+        }
+    }
+
+    /// Whoever is in a state that is told, and not about to leave it.
+    fn settled(&self) -> impl Iterator<Item = (&Identity, State, Duration)> {
+        let settled = self.living.values().filter(|living| living.is_settled());
+        settled.map(|living| (&living.id, living.life.state(), living.life.since()))
+    }
+
+    fn is_settled(&self, cookie: u64) -> bool {
+        self.living.get(&cookie).is_some_and(|living| living.is_settled())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::tracepoints::{Event, Kind};
+    use crate::tcp::{Flow, Role};
+    use State::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck, SynRecv, SynSent, TimeWait};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    fn flow(cookie: u64) -> Flow {
+        let ours = format!("127.0.0.1:{}", 40_000 + cookie).parse().unwrap();
+        Flow { local: ours, peer: "127.0.0.1:7007".parse().unwrap() }
+    }
+
+    fn hear(lives: &mut Lives, cookie: u64, at: u64, kind: Kind) {
+        lives.hear(&Event::plain(cookie, ms(at), flow(cookie), kind), &mut |_, _| ());
+    }
+
+    /// One client, in the last of these states since `at`.
+    fn client(lives: &mut Lives, cookie: u64, at: u64, states: &[State]) {
+        for pair in states.windows(2) {
+            hear(lives, cookie, at, Kind::Changed { from: pair[0], to: pair[1] });
+        }
+    }
+
+    fn row(cookie: u64, state: State) -> Row {
+        Row::plain(state, flow(cookie), Some(cookie))
+    }
+
+    /// What a comparison with these rows comes to, when lookups find the same and `between` is heard before them.
+    fn verdict(lives: &mut Lives, rows: &[Row], between: impl FnOnce(&mut Lives)) -> u64 {
+        let mut audit = Audit::begin(ms(100));
+        for row in rows {
+            audit.row(row, lives);
+        }
+        if audit.reading_ends(lives, ms(101)).is_none() {
+            return 0;
+        }
+        between(lives);
+        let find = |id: &Identity| Ok::<_, ()>(rows.iter().find(|row| row.cookie == Some(id.cookie)).copied());
+        audit.look_up(lives, find).unwrap();
+        audit.verdict(lives)
+    }
+
+    fn lives() -> Lives {
+        Lives::new(Box::new(|flow, _| Some((Role::Client, flow.peer.port()))), true)
+    }
+
+    const OPEN: &[State] = &[Close, SynSent, Established];
+
+    #[test]
+    fn who_is_where_he_was_told_to_be_is_no_loss() {
+        let mut lives = lives();
+        client(&mut lives, 1, 1, OPEN);
+        client(&mut lives, 2, 1, &[Close, SynSent]);
+        assert_eq!(verdict(&mut lives, &[row(1, Established), row(2, SynSent), row(3, Close)], |_| ()), 0);
+    }
+
+    #[test]
+    fn who_is_elsewhere_or_gone_or_was_never_told_of_went_unheard() {
+        let mut lives = lives();
+        client(&mut lives, 1, 1, &[Close, SynSent, Established, FinWait1]);
+        client(&mut lives, 2, 1, OPEN);
+        assert_eq!(verdict(&mut lives, &[row(1, TimeWait), row(3, CloseWait)], |_| ()), 3);
+    }
+
+    #[test]
+    fn what_was_on_its_way_is_no_loss() {
+        let mut lives = lives();
+        client(&mut lives, 1, 1, OPEN);
+        client(&mut lives, 2, 1, OPEN);
+        let later = |lives: &mut Lives| {
+            hear(lives, 1, 99, Kind::Changed { from: Established, to: CloseWait });
+            hear(lives, 2, 99, Kind::Changed { from: Established, to: Close });
+            client(lives, 3, 99, OPEN);
+        };
+        assert_eq!(verdict(&mut lives, &[row(1, CloseWait), row(3, Established)], later), 0);
+    }
+
+    #[test]
+    fn what_happened_since_the_reading_began_is_no_loss() {
+        let mut lives = lives();
+        client(&mut lives, 1, 1, OPEN);
+        let mut audit = Audit::begin(ms(100));
+        audit.row(&row(1, Established), &lives);
+        client(&mut lives, 1, 101, &[Established, CloseWait, LastAck]);
+        client(&mut lives, 2, 101, OPEN);
+        assert_eq!(audit.reading_ends(&lives, ms(102)), None);
+    }
+
+    #[test]
+    fn who_waits_for_his_end_or_for_a_name_is_no_loss() {
+        let mut lives = lives();
+        client(&mut lives, 1, 1, OPEN);
+        hear(&mut lives, 1, 2, Kind::Armed(TimeWait));
+        hear(&mut lives, 1, 90, Kind::Disarmed { state: TimeWait, expired: true });
+        hear(&mut lives, 4, 1, Kind::Armed(FinWait2));
+        let nameless = Flow { local: "127.0.0.1:0".parse().unwrap(), ..flow(2) };
+        lives.hear(&Event::plain(2, ms(1), nameless, Kind::Changed { from: Close, to: SynSent }), &mut |_, _| ());
+        hear(&mut lives, 0, 1, Kind::Requested);
+        let request = Row { cookie: Some(9), ..row(0, SynRecv) };
+        assert_eq!(verdict(&mut lives, &[row(2, SynSent), row(4, TimeWait), request], |_| ()), 0);
+    }
+}
