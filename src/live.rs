@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::metrics::{LiveMetrics, Metrics, Walk};
+use crate::metrics::{LiveMetrics, Metrics, SurveyMetrics, Walk};
 use crate::tcp::{Identity, Transition, Transitions};
 use batch::{Batch, Place};
 pub use viewer::Viewer;
@@ -29,10 +29,15 @@ pub const KEPT: usize = 100;
 /// Who is further behind than so many batches goes on with the newest.
 const BEHIND: usize = 20;
 
+/// Tells how often each way was walked so far.
+type Walked = Box<dyn Fn() -> Vec<(Walk, u64)> + Send + Sync>;
+
 /// The feed of one process.
 pub struct Live {
-    /// Whose counters say what was walked; `None` where nobody's lives are followed.
-    metrics: Option<Arc<Metrics>>,
+    /// The counters that say what was walked; `None` where no change is seen.
+    walked: Option<Walked>,
+    /// Whether it is this process's own connections that walk.
+    lives: bool,
     gauges: LiveMetrics,
     /// Tells this process from the one before it.
     epoch: u64,
@@ -60,18 +65,23 @@ impl Live {
     /// A feed of what `metrics` count.
     #[must_use]
     pub fn of(metrics: &Arc<Metrics>) -> Live {
-        Live::new(Some(Arc::clone(metrics)), metrics.live.clone(), fastrand::u64(..))
+        let counters = Arc::clone(metrics);
+        Live::new(Some(Box::new(move || counters.walked())), true, metrics.live.clone(), fastrand::u64(..))
     }
 
-    /// A feed in a process that follows no lives: it has viewers, and nothing to tell them here.
+    /// A feed in a process that follows no lives: it tells of others' changes, where the kernel announces them, and otherwise
+    /// has viewers and nothing to tell them here.
     #[must_use]
-    pub fn without_lives(gauges: LiveMetrics) -> Live {
-        Live::new(None, gauges, fastrand::u64(..))
+    pub fn of_others(metrics: &Arc<SurveyMetrics>) -> Live {
+        let counters = Arc::clone(metrics);
+        let walked: Option<Walked> = metrics.announces().then(|| Box::new(move || counters.walked()) as Walked);
+        Live::new(walked, false, metrics.live.clone(), fastrand::u64(..))
     }
 
-    fn new(metrics: Option<Arc<Metrics>>, gauges: LiveMetrics, epoch: u64) -> Live {
+    fn new(walked: Option<Walked>, lives: bool, gauges: LiveMetrics, epoch: u64) -> Live {
         Live {
-            metrics,
+            walked,
+            lives,
             gauges,
             epoch,
             watched: AtomicBool::new(false),
@@ -126,14 +136,14 @@ impl Live {
     /// Tells the viewers what has happened since the last time; `now` is on the monotonic clock, `unix` the same in Unix
     /// time.
     pub fn gather(&self, now: Duration, unix: Duration) {
-        let Some(metrics) = &self.metrics else { return };
+        let Some(walked) = &self.walked else { return };
         let mut told = lock(&self.told);
         // Lines first: whatever they tell is counted by then, if not in this batch, then in the one before.
         let lines = std::mem::take(&mut *lock(&self.lines));
         let more = self.more.swap(0, Ordering::Relaxed);
         let mut walks = Vec::new();
         let before = told.place.changes;
-        for (walk, count) in metrics.walked() {
+        for (walk, count) in walked() {
             let last = told.walked.insert(walk, count).unwrap_or(0);
             if count > last {
                 walks.push((walk, count - last));
@@ -169,14 +179,14 @@ impl Live {
         lock(&self.lines).clear();
         self.more.store(0, Ordering::Relaxed);
         told.batches.clear();
-        told.walked = self.metrics.as_ref().map(|metrics| metrics.walked().into_iter().collect()).unwrap_or_default();
+        told.walked = self.walked.as_ref().map(|walked| walked().into_iter().collect()).unwrap_or_default();
         told.place.changes = told.walked.values().sum();
     }
 
     /// What a viewer is told at the beginning, and when it has caught up: how often each way was walked so far.
     fn hello(&self, told: &Told, restarted: bool) -> Bytes {
         let walked: Vec<(Walk, u64)> = told.walked.iter().map(|(walk, count)| (*walk, *count)).collect();
-        batch::hello(&told.place.name(self.epoch), self.metrics.is_some(), restarted, &walked)
+        batch::hello(&told.place.name(self.epoch), self.walked.is_some(), self.lives, restarted, &walked)
     }
 }
 
@@ -204,8 +214,10 @@ mod tests {
         fn new() -> Lives {
             let scope = Scope::new(&[7007], Vec::new());
             let metrics = Arc::new(Metrics::new(&scope, Observer::SockDiag, &log_lost_counter()));
+            let counters = Arc::clone(&metrics);
+            let walked: Walked = Box::new(move || counters.walked());
             Lives {
-                live: Arc::new(Live::new(Some(Arc::clone(&metrics)), metrics.live.clone(), 0xa1)),
+                live: Arc::new(Live::new(Some(walked), true, metrics.live.clone(), 0xa1)),
                 metrics,
                 now: Duration::from_secs(5),
             }

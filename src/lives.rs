@@ -58,6 +58,11 @@ pub(crate) struct Lives {
     undecided: Vec<u64>,
     nameless: Vec<u64>,
     stopped: Vec<Flow>,
+    /// Server's connections whose request nobody has told of, and when they were complete: there may have been none (SYN
+    /// cookies), or it went unheard.
+    unrequested: Vec<(Flow, Duration)>,
+    /// How many events are missing by what others say.
+    gaps: u64,
     /// Minisockets in FIN_WAIT2: not every one that goes on to TIME_WAIT is announced.
     orphans: VecDeque<u64>,
 }
@@ -92,6 +97,8 @@ struct Request {
     stopped: Option<(Duration, bool)>,
     /// How many SYN+ACKs were sent again.
     retransmits: u32,
+    /// A reading of the table did not show it.
+    unseen: bool,
 }
 
 impl Lives {
@@ -105,6 +112,8 @@ impl Lives {
             undecided: Vec::new(),
             nameless: Vec::new(),
             stopped: Vec::new(),
+            unrequested: Vec::new(),
+            gaps: 0,
             orphans: VecDeque::new(),
         }
     }
@@ -133,13 +142,22 @@ impl Lives {
             }
             Kind::Requested => {
                 let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
-                let request = Request { at: event.at, cookie: life, stopped: None, retransmits: 0 };
-                self.requests.entry(key(&event.flow)).or_insert(request).stopped = None;
+                let request = Request { at: event.at, cookie: life, stopped: None, retransmits: 0, unseen: false };
+                let known = self.requests.entry(key(&event.flow)).or_insert(request);
+                // A clock that starts anew was stopped before; otherwise this is another handshake, and the end of the one
+                // before it went unheard.
+                if known.stopped.take().is_none() && known.at != event.at {
+                    *known = request;
+                }
             }
             Kind::Unrequested { expired } => {
                 if let Some(request) = self.requests.get_mut(&key(&event.flow)) {
                     request.stopped = Some((event.at, expired));
                     self.stopped.push(key(&event.flow));
+                } else if let Some(i) = self.unrequested.iter().position(|(flow, _)| *flow == key(&event.flow)) {
+                    // It had a request.
+                    self.unrequested.swap_remove(i);
+                    self.gaps += 1;
                 }
             }
             Kind::ResetSent(reason) => {
@@ -226,6 +244,9 @@ impl Lives {
         }
         let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
+        if request.is_none() && self.timers {
+            self.unrequested.push((key(&event.flow), event.at));
+        }
         self.begins_by_request(id, request.as_ref(), event.at, tell);
     }
 
@@ -251,16 +272,28 @@ impl Lives {
         {
             living.name(event.flow, since, tell);
         }
-        // What was lost on the way: the kernel says where it came from.
-        if known && living.mini.is_none() && matches!(event.kind, Kind::Changed { .. }) {
-            living.see(event.at, state, Evidence::Tracepoint, &Known::default(), tell);
+        // What went unheard on the way: the kernel says where it came from, but not since when it was there.
+        if known
+            && living.nameless.is_none()
+            && living.mini.is_none()
+            && living.life.state() != state.shown()
+            && matches!(event.kind, Kind::Changed { .. })
+        {
+            self.gaps += 1;
+            living.see(event.at, state, Evidence::Inferred, &Known::default(), tell);
         }
         Some(living)
+    }
+
+    /// How many events are missing by what others say, since this was asked last.
+    pub(crate) fn take_gaps(&mut self) -> u64 {
+        std::mem::take(&mut self.gaps)
     }
 
     /// Decides what waited for a second event that has not come.
     pub(crate) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let due = |at: Duration| now.saturating_sub(at) >= SETTLED;
+        self.unrequested.retain(|(_, at)| !due(*at));
         for cookie in std::mem::take(&mut self.undecided) {
             let Some(living) = self.living.get_mut(&cookie) else { continue };
             match living.ending {
@@ -341,7 +374,7 @@ impl Lives {
         self.begins_by_request(id, Some(&request), now, tell);
     }
 
-    /// A server's life begins with its SYN; without a request, at `at`.
+    /// A server's life begins with its SYN; without a request that was heard of, nobody knows when: before `at`.
     fn begins_by_request(
         &mut self,
         id: Identity,
@@ -352,7 +385,10 @@ impl Lives {
         let at = request.map_or(at, |request| request.at);
         let mut living = Living::new(id, Lifecycle::accepted(at));
         tell(&living.id, Said::Begins(State::Listen, at));
-        living.observe(at, State::SynRecv, None, tell);
+        match request {
+            Some(_) => living.observe(at, State::SynRecv, None, tell),
+            None => living.see(at, State::SynRecv, Evidence::Inferred, &Known::default(), tell),
+        }
         living.retransmits = request.map_or(0, |request| request.retransmits);
         self.living.insert(id.cookie, living);
     }
@@ -385,7 +421,7 @@ impl Lives {
         }
         if state == State::SynRecv {
             // Its end will be that of a request.
-            let request = Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0 };
+            let request = Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0, unseen: false };
             self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
@@ -450,7 +486,11 @@ impl Lives {
         for event in &newer {
             self.hear(event, tell);
         }
-        let newer: HashSet<u64, foldhash::fast::RandomState> = newer.iter().map(|event| event.cookie).collect();
+        // What only adds to a state does not tell where anybody is.
+        let moves =
+            |event: &&&Event| matches!(event.kind, Kind::Changed { .. } | Kind::Armed(_) | Kind::Disarmed { .. });
+        let newer: HashSet<u64, foldhash::fast::RandomState> =
+            newer.iter().filter(moves).map(|event| event.cookie).collect();
         let mut open: Vec<&Row> = rows.iter().filter(|row| row.state != State::Close && row.cookie.is_some()).collect();
         // The oldest TIME_WAIT first: so that they are entered in their order.
         open.sort_by_key(|row| row.expires);
@@ -459,11 +499,17 @@ impl Lives {
             self.found(row, now, tell);
         }
         for id in known.iter().filter(|id| !shown.contains(&id.cookie) && !newer.contains(&id.cookie)) {
+            // Its end was announced, and is told as soon as it is decided.
+            if self.living.get(&id.cookie).is_some_and(|living| living.ending.is_some()) {
+                continue;
+            }
             match find(id)? {
                 Some(row) => self.found(&row, now, tell),
                 None => self.vanished(id.cookie, now, tell),
             }
         }
+        // Whatever was missing is made good.
+        self.gaps = 0;
         Ok(())
     }
 
@@ -489,7 +535,7 @@ impl Lives {
     pub(crate) fn forget_requests(&mut self) {
         let living = &self.living;
         self.requests.retain(|_, request| request.cookie.is_some_and(|cookie| living.contains_key(&cookie)));
-        self.stopped.clear();
+        self.stopped.retain(|flow| self.requests.contains_key(flow));
     }
 
     fn bury(&mut self, cookie: u64, tell: &mut impl FnMut(&Identity, Said<'_>)) {
@@ -662,6 +708,55 @@ mod tests {
         // Its end was lost: it is not asked for for ever.
         hear(&mut lives, &[without(Close, SynSent)]);
         assert!(!lives.wants_names(ms(5000)) && lives.living.is_empty());
+    }
+
+    #[test]
+    fn an_end_that_was_announced_is_not_told_by_the_table() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[event(1, 1, flow(false, 40_000), Kind::Armed(TimeWait))]);
+        let mut heard = Heard::default();
+        let stopped = event(1, 61_000, flow(false, 40_000), Kind::Disarmed { state: TimeWait, expired: true });
+        let gone = |_: &Identity| Ok::<_, ()>(None);
+        lives.reconcile(ms(61_001), &[], &[stopped], ms(61_001), gone, &mut |id, said| heard.tell(id, said)).unwrap();
+        assert!(heard.take().is_empty());
+        assert_eq!(settle(&mut lives, 61_010), ["c1 TIME_WAIT → CLOSED expired", "c1 ends, departed false"]);
+    }
+
+    #[test]
+    fn what_a_later_event_says_is_missing_is_counted_and_has_no_time() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[changed(1, 1, Close, SynSent), changed(1, 2, SynSent, Established)]);
+        assert_eq!(lives.take_gaps(), 0);
+        let mut steps = Vec::new();
+        lives.hear(&changed(1, 900, CloseWait, LastAck), &mut |_, said| {
+            if let Said::Moves(transitions) = said {
+                steps.extend(transitions.iter().map(|t| (t.to, t.evidence, t.after)));
+            }
+        });
+        assert_eq!(steps, [(CloseWait, Evidence::Inferred, None), (LastAck, Evidence::Tracepoint, None)]);
+        assert_eq!((lives.take_gaps(), lives.take_gaps()), (1, 0));
+    }
+
+    #[test]
+    fn a_request_that_went_unheard_shows_when_its_clock_is_stopped() {
+        let mut lives = lives(true);
+        let stopped = |at| event(0, at, flow(true, 40_000), Kind::Unrequested { expired: false });
+        // With a SYN cookie there is no request, and no clock.
+        hear(&mut lives, &[changed(100, 1, Listen, SynRecv), changed(100, 1, SynRecv, Established)]);
+        settle(&mut lives, 10);
+        hear(&mut lives, &[stopped(11)]);
+        assert_eq!(lives.take_gaps(), 0);
+        let mut steps = Vec::new();
+        for event in [changed(101, 20, Listen, SynRecv), stopped(20), changed(101, 20, SynRecv, Established)] {
+            lives.hear(&event, &mut |_, said| {
+                if let Said::Moves(transitions) = said {
+                    steps.extend(transitions.iter().map(|t| (t.to, t.evidence, t.after)));
+                }
+            });
+        }
+        assert_eq!(lives.take_gaps(), 1);
+        let unknown = [(SynRecv, Evidence::Inferred, None), (Established, Evidence::Tracepoint, None)];
+        assert_eq!(steps, unknown, "since when it was there, nobody knows");
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub use reading::{Listeners, Port, Reading, Selection, Service, Sight, Socket, S
 
 use crate::kernel::tracepoints::Tracepoints;
 use crate::kernel::{DestroyEvents, Destroyed, Observer, Row, Table, TableError, Wanted, clock, opens, ports};
+use crate::live::Live;
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, State, StateSet};
@@ -41,6 +42,14 @@ const FULLEST: usize = 10;
 #[derive(Clone)]
 pub struct Survey(mpsc::Sender<Question>);
 
+/// Where what the survey sees is told.
+pub struct Told {
+    /// The counters.
+    pub metrics: Arc<SurveyMetrics>,
+    /// The live page.
+    pub live: Arc<Live>,
+}
+
 /// A reading, or why there is none.
 type Answer = Result<Arc<Reading>, Arc<TableError>>;
 
@@ -58,13 +67,14 @@ impl Survey {
     pub fn start(
         selection: Selection,
         table: Table,
-        metrics: Arc<SurveyMetrics>,
+        told: Told,
         interval: Duration,
         tracepoints: Option<Tracepoints>,
     ) -> io::Result<Survey> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (ask, asked) = mpsc::channel(64);
-        let announced = tracepoints.map(|t| Announced::new(t, selection.clone(), Arc::clone(&metrics)));
+        let Told { metrics, live } = told;
+        let announced = tracepoints.map(|t| Announced::new(t, selection.clone(), Arc::clone(&metrics), live));
         let surveyor = Surveyor {
             announced,
             tracker: Tracker::new(selection),

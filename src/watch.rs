@@ -88,8 +88,7 @@ impl Look {
 impl Watch {
     /// Tells what `survey` sees.
     #[must_use]
-    pub fn new(survey: Survey, metrics: Arc<SurveyMetrics>, thresholds: Thresholds) -> Watch {
-        let live = Arc::new(Live::without_lives(metrics.live.clone()));
+    pub fn new(survey: Survey, metrics: Arc<SurveyMetrics>, thresholds: Thresholds, live: Arc<Live>) -> Watch {
         Watch { survey, metrics, thresholds, owners: Mutex::default(), live }
     }
 

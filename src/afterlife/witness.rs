@@ -163,10 +163,25 @@ impl Witness {
         loop {
             let open = self.wait(&mut inbox, &mut departed, alarm.as_ref()).await;
             if !open && departed.is_empty() {
-                return;
+                return self.last_look().await;
             }
             self.round(&mut departed);
             tokio::time::sleep(GATHER).await;
+        }
+    }
+
+    /// What went unheard since the last comparison is to be counted before the end, too.
+    async fn last_look(&mut self) {
+        if !self.tracepoints.tells_of_timers() {
+            return;
+        }
+        self.hold_against_the_table();
+        if self.audit.is_some() {
+            tokio::time::sleep(self.next_audit.saturating_sub(clock::monotonic())).await;
+            self.hold_against_the_table();
+        }
+        if self.begin_again {
+            self.look_again();
         }
     }
 
@@ -181,7 +196,11 @@ impl Witness {
         let rest = (!self.tracepoints.tells_of_timers()).then_some(REST).into_iter();
         // Losses, and orphans, show although nothing else does.
         let rest = rest.chain(self.lives.each().next().is_some().then_some(CHECK));
-        let next = self.lives.next(clock::monotonic()).into_iter().chain(rest).min();
+        // Nobody may be known to be alive because nobody was announced.
+        let now = clock::monotonic();
+        let rest =
+            rest.chain(self.tracepoints.tells_of_timers().then(|| self.next_audit.saturating_sub(now).max(CHECK)));
+        let next = self.lives.next(now).into_iter().chain(rest).min();
         let asleep = async {
             match next {
                 Some(pause) => tokio::time::sleep(pause).await,
@@ -266,7 +285,7 @@ impl Witness {
             let (mut audit, lives) = (Audit::begin(now), &self.lives);
             self.table.each(&self.all, |row| audit.row(row, lives))?;
             self.hear();
-            let again = audit.reading_ends(&self.lives, clock::monotonic());
+            let again = audit.reading_ends(&mut self.lives, clock::monotonic());
             self.audit = again.map(|_| audit);
             return Ok(again);
         };
@@ -288,11 +307,15 @@ impl Witness {
 
     /// After a loss everybody is looked for in the table, and counted anew.
     fn check_for_losses(&mut self) -> bool {
-        let lost = self.losses.have_grown(&mut self.tracepoints, &self.ears.metrics);
+        let lost = self.losses.have_grown(&self.tracepoints, &self.ears.metrics);
+        let gaps = self.lives.take_gaps();
         if lost {
             self.lives.forget_requests();
+        } else if gaps > 0 {
+            // What others say is missing, and nobody knew.
+            self.losses.went_unheard(gaps, &self.ears.metrics);
         }
-        lost
+        lost || gaps > 0
     }
 
     /// A minisocket that goes from FIN_WAIT2 to TIME_WAIT keeps its timer, and is not always announced.

@@ -9,7 +9,7 @@ use crate::afterlife::Afterlife;
 use crate::census::Census;
 use crate::config::Common;
 use crate::journal::Journal;
-use crate::kernel::tracepoints::TraceError;
+use crate::kernel::tracepoints::{MOST_SERVICES, TraceError};
 use crate::kernel::{Observer, Table, Tracepoints, WhyNot, capabilities};
 use crate::metrics::Metrics;
 use crate::scope::Scope;
@@ -21,7 +21,11 @@ pub(super) enum Announcements {
     /// They cannot be had.
     Refused(TraceError),
     /// It does.
-    Here(Box<Tracepoints>),
+    Here {
+        tracepoints: Box<Tracepoints>,
+        /// The capabilities are given up.
+        gave_up: bool,
+    },
 }
 
 /// Attaches to the kernel's announcements, if they are asked for or are the best that is permitted, and gives up the
@@ -32,8 +36,9 @@ pub(super) fn attach(asked: Option<Observer>, everything: bool) -> anyhow::Resul
     }
     Ok(match Tracepoints::attach(everything) {
         Ok(tracepoints) => {
-            capabilities::give_up_tracing().context("give up CAP_BPF and CAP_PERFMON")?;
-            Announcements::Here(Box::new(tracepoints))
+            let reads = || tracepoints.losses().is_ok();
+            let gave_up = capabilities::give_up_tracing(reads).context("give up CAP_BPF and CAP_PERFMON")?;
+            Announcements::Here { tracepoints: Box::new(tracepoints), gave_up }
         }
         Err(error) if asked.is_some() => return Err(error).context("observer ebpf"),
         Err(error) => Announcements::Refused(error),
@@ -59,6 +64,14 @@ pub(super) fn observe(
     let table = open_table(common.observer)?;
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
+    let services = scope.services().len();
+    let kernel = match kernel {
+        Announcements::Here { .. } if common.observer.is_none() && services > MOST_SERVICES => {
+            let (what, why) = ("services to count".to_owned(), format!("{services} of at most {MOST_SERVICES}"));
+            Announcements::Refused(TraceError::Refused { what, why })
+        }
+        as_it_is => as_it_is,
+    };
     let (tracepoints, no_ebpf) = announce(kernel, common.observer, by_table)?;
     let observer = if tracepoints.is_some() { Observer::Ebpf } else { by_table };
     let metrics = Arc::new(Metrics::new(&scope, observer, log_lost));
@@ -93,10 +106,10 @@ pub(super) fn announce(
     asked: Option<Observer>,
     by_table: Observer,
 ) -> anyhow::Result<(Option<Tracepoints>, WhyNot)> {
-    let tracepoints = match kernel {
-        Announcements::Here(tracepoints) if by_table == Observer::SockDiag => tracepoints,
-        Announcements::Here(_) if asked.is_some() => bail!("observer ebpf: it takes netlink beside it"),
-        Announcements::Here(_) => {
+    let (tracepoints, gave_up) = match kernel {
+        Announcements::Here { tracepoints, gave_up } if by_table == Observer::SockDiag => (tracepoints, gave_up),
+        Announcements::Here { .. } if asked.is_some() => bail!("observer ebpf: it takes netlink beside it"),
+        Announcements::Here { .. } => {
             say_why_not(&"it takes netlink beside it", by_table);
             return Ok((None, WhyNot::NoNetlink));
         }
@@ -104,8 +117,16 @@ pub(super) fn announce(
             say_why_not(&error, by_table);
             return Ok((None, error.reason()));
         }
-        Announcements::NotAskedFor => return Ok((None, WhyNot::NotAskedFor)),
+        Announcements::NotAskedFor => {
+            if asked == Some(Observer::Ebpf) {
+                tracing::info!("no eBPF: nobody here wants to hear of changes");
+            }
+            return Ok((None, WhyNot::NotAskedFor));
+        }
     };
+    if !gave_up {
+        tracing::info!("CAP_BPF and CAP_PERFMON are kept: this kernel asks for them at each look (before Linux 5.19)");
+    }
     for lack in tracepoints.lacks() {
         tracing::warn!(reason = %lack, "the kernel does not announce everything");
     }

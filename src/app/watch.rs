@@ -11,9 +11,10 @@ use super::EndAll;
 use super::eyes::{Announcements, announce, open_table, passed_over};
 use crate::config::{Common, Output, WatchConfig, WatchMode};
 use crate::kernel::Observer;
+use crate::live::Live;
 use crate::metrics::SurveyMetrics;
 use crate::shutdown::{DrainConfig, Stop, on_signals};
-use crate::survey::{Selection, Survey};
+use crate::survey::{Selection, Survey, Told};
 use crate::watch::{Look, Thresholds, Watch};
 use crate::web::{self, Readiness};
 
@@ -59,13 +60,14 @@ async fn watch(config: WatchConfig, kernel: Announcements, common: Common, log_l
         metrics.unavailable(better, why);
     }
     let selection = Selection { only, ignore, remote, own };
-    let survey =
-        Survey::start(selection, table, Arc::clone(&metrics), interval, tracepoints).context("start the survey")?;
+    let live = Arc::new(Live::of_others(&metrics));
+    let told = Told { metrics: Arc::clone(&metrics), live: Arc::clone(&live) };
+    let survey = Survey::start(selection, table, told, interval, tracepoints).context("start the survey")?;
     // Whatever comes after this is new: so nobody is told that it watches before.
     // Whether it can be read is told by whoever asks.
     let _ = survey.read().await;
     let readiness = Readiness::new(metrics.ready.clone());
-    let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }));
+    let watch = Arc::new(Watch::new(survey, metrics, Thresholds { warn, crit }, live));
     match config.mode {
         WatchMode::Once => match config.output {
             Output::Text => print(&watch, |look| Ok(look.text())).await,

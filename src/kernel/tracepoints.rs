@@ -34,10 +34,13 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!("bpf/lifecycle.bpf.o");
 const TIMERS: [&str; 2] = ["timer_start", "timer_cancel"];
 
 /// How many places for counts there are (SERVICES, lifecycle.bpf.c).
-const SERVICES: usize = 1024;
+const SERVICES: usize = 8192;
 
 /// How many sets of counts there are, one in use.
 const ERAS: usize = 8;
+
+/// How many services can be told of.
+pub const MOST_SERVICES: usize = SERVICES / ERAS;
 
 /// How many events the ring has room for, about.
 const RING: usize = 100_000;
@@ -99,7 +102,6 @@ pub struct Tracepoints {
     services: HashMap<MapData, u32, u32>,
     rescued: Array<MapData, u64>,
     attached: Attached,
-    programs: Ebpf,
     era: u16,
     orphans: HashMap<MapData, u64, u8>,
     lost: Array<MapData, u64>,
@@ -128,8 +130,7 @@ impl Tracepoints {
             .map_err(|error| TraceError::refused("load the program for tracepoints", &error))?;
         // Timers first: a minisocket that is told of by its timer is then never missed by the socket's own end.
         let mut attached = Attached::default();
-        // Every timer of the host costs what this costs: the second program only where one was passed by.
-        let timers = TIMERS.iter().try_for_each(|name| attached.with_spare(&mut programs, name, &types));
+        let timers = TIMERS.iter().try_for_each(|name| attached.twice(&mut programs, name, &types));
         attached.twice(&mut programs, "inet_sock_set_state", &types)?;
         attached.once(&mut programs, "tcp_receive_reset", "on_receive_reset", &types)?;
         // Before Linux 6.10 it does not say why; without it, a RST that answers late data passes for one that came in.
@@ -153,7 +154,6 @@ impl Tracepoints {
             counts: Arc::new(Mutex::new(counts.map_err(|e| open(&e))?)),
             rescued: rescued.map_err(|e| open(&e))?,
             attached,
-            programs,
             era: 0,
             lacks: [timers.err(), resets.err(), retransmits.err()],
         })
@@ -176,12 +176,12 @@ impl Tracepoints {
     /// # Errors
     /// When there are too many, or the kernel refuses.
     pub fn tell_of(&mut self, services: &[(Role, u16)]) -> Result<u16, TraceError> {
-        if services.len() > SERVICES / ERAS {
-            let why = format!("{} of at most {}", services.len(), SERVICES / ERAS);
+        if services.len() > MOST_SERVICES {
+            let why = format!("{} of at most {MOST_SERVICES}", services.len());
             return Err(TraceError::Refused { what: "services to count".to_owned(), why });
         }
         let era = (self.era + 1) % ERAS as u16;
-        let first = usize::from(era) * (SERVICES / ERAS);
+        let first = usize::from(era) * MOST_SERVICES;
         {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
             for place in first..first + services.len() {
@@ -224,7 +224,7 @@ impl Tracepoints {
     /// The counts of the present era, to be read by somebody else.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        Counts { map: Arc::clone(&self.counts), first: usize::from(self.era) * (SERVICES / ERAS) }
+        Counts { map: Arc::clone(&self.counts), first: usize::from(self.era) * MOST_SERVICES }
     }
 
     /// Calls `told` with each event that waits, in the order in which they happened on each CPU; with a ring's worth at most,
@@ -240,14 +240,13 @@ impl Tracepoints {
         }
     }
 
-    /// How many events were lost, ever. Where some passed a program by, its second one does that work from now on.
+    /// How many events were lost, ever.
     ///
     /// # Errors
     /// What bpf(2) says, or proc(5).
-    pub fn losses(&mut self) -> Result<Losses, TraceError> {
+    pub fn losses(&self) -> Result<Losses, TraceError> {
         let failed = |error: &(dyn Error + 'static)| TraceError::refused("read how many events were lost", error);
         let ring = self.lost.get(&0, 0).map_err(|e| failed(&e))?;
-        self.attached.use_spares(&mut self.programs, |watched| Ok(watched.misses()? > 0))?;
         let mut missed = 0;
         for watched in &self.attached.watched {
             missed += watched.misses().map_err(|e| failed(&e))?;
@@ -330,9 +329,6 @@ struct Watched {
     /// and the descriptor that it is about.
     info: File,
     _program: OwnedFd,
-    tracepoint: &'static str,
-    /// The program that does what passed this one by, loaded and not attached yet.
-    spare: Option<String>,
 }
 
 impl Watched {
@@ -349,36 +345,12 @@ impl Watched {
 impl Attached {
     /// Attaches the two programs of a tracepoint, in this order: the second one does what passed the first one by.
     fn twice(&mut self, programs: &mut Ebpf, tracepoint: &'static str, types: &Btf) -> Result<(), TraceError> {
-        self.with_spare(programs, tracepoint, types)?;
-        self.use_spares(programs, |watched| Ok(watched.tracepoint == tracepoint))
-    }
-
-    /// Attaches the first of the two programs of a tracepoint, and loads the second: to attach it later takes no capability.
-    fn with_spare(&mut self, programs: &mut Ebpf, tracepoint: &'static str, types: &Btf) -> Result<(), TraceError> {
         let name = format!("on_{}", tracepoint.trim_start_matches("inet_sock_"));
-        let again = format!("{name}_again");
-        program(programs, tracepoint, &again)?.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
         self.once(programs, tracepoint, &name, types)?;
-        if let Some(watched) = self.watched.last_mut() {
-            watched.spare = Some(again);
-        }
-        Ok(())
-    }
-
-    /// Attaches the second programs of those that are `needed`.
-    fn use_spares(
-        &mut self,
-        programs: &mut Ebpf,
-        needed: impl Fn(&Watched) -> io::Result<bool>,
-    ) -> Result<(), TraceError> {
-        for watched in self.watched.iter_mut().filter(|watched| watched.spare.is_some()) {
-            let tracepoint = watched.tracepoint;
-            if needed(watched).map_err(|e| refused(tracepoint, &e))?
-                && let Some(spare) = watched.spare.take()
-            {
-                self.links.push(attach(program(programs, tracepoint, &spare)?, tracepoint)?);
-            }
-        }
+        // What passes this one by, the first one has done.
+        let again = program(programs, tracepoint, &format!("{name}_again"))?;
+        again.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
+        self.links.push(attach(again, tracepoint)?);
         Ok(())
     }
 
@@ -397,7 +369,7 @@ impl Attached {
         let program = program.map_err(|e| refused(tracepoint, &e))?;
         let info = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
         let info = File::open(&info).map_err(|error| TraceError::refused(format!("open {info}"), &error))?;
-        self.watched.push(Watched { info, _program: program, tracepoint, spare: None });
+        self.watched.push(Watched { info, _program: program });
         Ok(())
     }
 }
@@ -430,48 +402,4 @@ fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {
 fn namespace() -> io::Result<u64> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     sockopt::namespace(socket.as_fd())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
-    use std::net::{TcpListener, TcpStream};
-    use std::time::{Duration, Instant};
-
-    #[test]
-    #[ignore = "needs CAP_BPF and CAP_PERFMON"]
-    fn the_second_program_steps_in_without_a_capability_and_tells_nothing_twice() {
-        // Capabilities are a thread's.
-        let kinds = std::thread::spawn(|| {
-            let mut tracepoints = Tracepoints::attach(true).unwrap();
-            let (effective, none) = (CapabilitySet::empty(), CapabilitySet::empty());
-            set_capabilities(None, CapabilitySets { effective, permitted: none, inheritable: none }).unwrap();
-            let before = tracepoints.attached.links.len();
-            tracepoints.attached.use_spares(&mut tracepoints.programs, |_| Ok(true)).unwrap();
-            assert_eq!(tracepoints.attached.links.len(), before + TIMERS.len());
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            let (ours, theirs) = (client.local_addr().unwrap().port(), client.peer_addr().unwrap().port());
-            let served = listener.accept().unwrap();
-            drop(client);
-            drop(served);
-            let (mut kinds, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(10));
-            let its = |event: &Event| {
-                let ports = [event.flow.local.port(), event.flow.peer.port()];
-                ports == [ours, theirs] || ports == [theirs, ours]
-            };
-            // The last of it: the server's end has the ACK of its FIN.
-            while !kinds.contains(&Kind::Changed { from: State::LastAck, to: State::Close }) {
-                assert!(Instant::now() < deadline, "{kinds:?}");
-                tracepoints.drain(|event| kinds.extend(its(event).then_some(event.kind)));
-            }
-            assert_eq!(tracepoints.losses().unwrap().ring, 0);
-            kinds
-        });
-        let kinds = kinds.join().unwrap();
-        for once in [Kind::Requested, Kind::Unrequested { expired: false }, Kind::Armed(State::TimeWait)] {
-            assert_eq!(kinds.iter().filter(|kind| **kind == once).count(), 1, "{once:?} of {kinds:?}");
-        }
-    }
 }

@@ -85,6 +85,8 @@ struct Hello {
     version: &'static str,
     /// Whether state changes are seen at all.
     transitions: bool,
+    /// Whether they are this process's own connections', whose lives are kept.
+    lives: bool,
     /// Whether the viewer came from a process before this one, so that nobody knows what it missed.
     restarted: bool,
     /// Since the process began.
@@ -127,9 +129,9 @@ fn is_zero(n: &u32) -> bool {
 }
 
 /// What there was so far.
-pub(super) fn hello(id: &str, transitions: bool, restarted: bool, walked: &[(Walk, u64)]) -> Bytes {
+pub(super) fn hello(id: &str, transitions: bool, lives: bool, restarted: bool, walked: &[(Walk, u64)]) -> Bytes {
     let walked = walked.iter().map(counted).collect();
-    event(Some(id), "hello", &Hello { version: env!("CARGO_PKG_VERSION"), transitions, restarted, walked })
+    event(Some(id), "hello", &Hello { version: env!("CARGO_PKG_VERSION"), transitions, lives, restarted, walked })
 }
 
 /// How many changes a viewer was not told of.

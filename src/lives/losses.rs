@@ -15,7 +15,7 @@ pub(crate) struct KnownLosses {
 
 impl KnownLosses {
     /// Whether there are new ones: then whatever was told may be out of date, and everybody is to be looked up.
-    pub(crate) fn have_grown(&mut self, tracepoints: &mut Tracepoints, metrics: &ObserverMetrics) -> bool {
+    pub(crate) fn have_grown(&mut self, tracepoints: &Tracepoints, metrics: &ObserverMetrics) -> bool {
         let now = match tracepoints.losses() {
             Ok(losses) => losses,
             Err(error) => {
@@ -37,15 +37,15 @@ impl KnownLosses {
         true
     }
 
-    /// Takes note that so many connections are elsewhere in the table than was announced, although nothing is known to be
-    /// lost. At least one event of each went unheard.
+    /// Takes note that so many connections are elsewhere, by the table or by a later event, than was announced, although
+    /// nothing is known to be lost. At least one event of each went unheard.
     pub(crate) fn went_unheard(&mut self, connections: u64, metrics: &ObserverMetrics) {
         metrics.lost_events.inc_by(connections);
         if let Some(times) = self.warned_of_unheard.due(clock::monotonic()) {
             tracing::warn!(
                 connections,
                 times,
-                "the kernel's table shows connections elsewhere than was announced; every connection is looked up"
+                "connections are elsewhere than the kernel has announced; every connection is looked up"
             );
         }
     }

@@ -8,7 +8,8 @@ use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 
 use super::maker::Maker;
 use super::table::ObserverFamilies;
-use super::{ACCEPT_ERRORS, LiveMetrics, ObserverMetrics, STAY, TableGauges, encode};
+use super::transitions::Transitions;
+use super::{ACCEPT_ERRORS, LiveMetrics, ObserverMetrics, STAY, TableGauges, Walk, encode};
 use crate::kernel::{Observer, WhyNot};
 use crate::tcp::{Cause, Role, State, Transition};
 
@@ -25,7 +26,7 @@ pub struct SurveyMetrics {
     opened: IntCounterVec,
     closed: IntCounterVec,
     stay: HistogramVec,
-    transitions: IntCounterVec,
+    transitions: Transitions,
     ended: IntCounterVec,
     /// The kernel announces causes.
     announced: bool,
@@ -92,11 +93,11 @@ impl SurveyMetrics {
                 &["role", "port", "state"],
                 STAY,
             ),
-            transitions: make.counters(
+            transitions: Transitions::none_yet(make.counters(
                 "tcp_transitions_total",
                 "State changes of the connections that are watched, by who saw them: where the kernel announces them (eBPF).",
                 &["role", "from", "to", "evidence"],
-            ),
+            )),
             ended: make.counters(
                 "sockets_ended_total",
                 "How connections of others ended: what led to TIME_WAIT or CLOSED; unknown, unless the kernel announces it (eBPF).",
@@ -136,10 +137,22 @@ impl SurveyMetrics {
         self.stay.with_label_values(&[role, port, state]).observe(time.as_secs_f64());
     }
 
+    /// Whether the kernel announces each step.
+    #[must_use]
+    pub fn announces(&self) -> bool {
+        self.announced
+    }
+
+    /// How often each way was walked so far, those that never were left out.
+    #[must_use]
+    pub fn walked(&self) -> Vec<(Walk, u64)> {
+        self.transitions.walked()
+    }
+
     /// The kernel has announced a step of somebody's connection.
     pub fn announced(&self, role: Role, port: &str, t: &Transition) {
+        self.transitions.child(role, t).inc();
         let role = role.label();
-        self.transitions.with_label_values(&[role, t.from.label(), t.to.label(), t.evidence.label()]).inc();
         if TOLD.contains(&t.from)
             && let Some(after) = t.after
         {

@@ -28,10 +28,14 @@ pub(super) struct Transitions {
 }
 
 impl Transitions {
+    /// Counters that appear with their first step.
+    pub(super) fn none_yet(family: IntCounterVec) -> Transitions {
+        let each = 0..Role::ALL.len() * State::SLOTS * State::SLOTS * Evidence::ALL.len();
+        Transitions { family, children: each.map(|_| OnceLock::new()).collect() }
+    }
+
     pub(super) fn new(family: IntCounterVec, scope: &Scope, observer: Observer) -> Transitions {
-        let children =
-            (0..Role::ALL.len() * State::SLOTS * State::SLOTS * Evidence::ALL.len()).map(|_| OnceLock::new()).collect();
-        let transitions = Transitions { family, children };
+        let transitions = Transitions::none_yet(family);
         // Present at zero, so that a first increase is an increase: the arrows of each role in use, by each kind of
         // evidence in use.
         for role in Role::ALL.into_iter().filter(|role| scope.has(*role)) {

@@ -196,7 +196,7 @@ impl Service<'_> {
 }
 
 /// Ends the connection from our side: what is owed and what the peer has had acknowledged is echoed, then our FIN,
-/// then its FIN is awaited. To close with unread data would send a RST (RFC 9293 section 3.10.4), and the peer might
+/// then its FIN is awaited. To close with unread data would send a RST (RFC 9293 section 3.6.1, SHLD-3), and the peer might
 /// lose what it has not yet read.
 async fn close_first(conn: &mut Conn, mut owed: Vec<u8>) -> Result<()> {
     let mut waiting = conn.hold_payload();

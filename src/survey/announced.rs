@@ -9,6 +9,7 @@ use super::{Port, Selection, Service};
 use crate::journal;
 use crate::kernel::tracepoints::{Alarm, Kind, Tracepoints};
 use crate::kernel::{Row, Table, TableError, Wanted, clock};
+use crate::live::Live;
 use crate::lives::audit::{self, Audit};
 use crate::lives::{KnownLosses, Lives, Said};
 use crate::metrics::SurveyMetrics;
@@ -30,6 +31,8 @@ pub(super) struct Announced {
     reading: Option<(Duration, Vec<Row>)>,
     /// The next reading must be such a one.
     stale: bool,
+    /// Something was missed, and the reading has not been told so yet.
+    unheard: bool,
     next_names: Duration,
     /// A reading under way that everybody is compared with, or who seemed to be elsewhere in it.
     audit: Option<Audit>,
@@ -42,6 +45,7 @@ pub(super) struct Announced {
 struct Ears {
     selection: Selection,
     metrics: Arc<SurveyMetrics>,
+    live: Arc<Live>,
     /// Opened and closed, of whoever is left out too: only then it can be said how many are missing.
     totals: HashMap<Service, (u64, u64)>,
     /// Whoever is new to us was there before us.
@@ -50,7 +54,12 @@ struct Ears {
 
 impl Announced {
     /// Everything that `tracepoints` tell of the namespace.
-    pub(super) fn new(tracepoints: Tracepoints, selection: Selection, metrics: Arc<SurveyMetrics>) -> Announced {
+    pub(super) fn new(
+        tracepoints: Tracepoints,
+        selection: Selection,
+        metrics: Arc<SurveyMetrics>,
+        live: Arc<Live>,
+    ) -> Announced {
         let served = Served::default();
         let listens = Arc::clone(&served);
         let which = Box::new(move |flow: &Flow, born: Option<Role>| {
@@ -63,11 +72,12 @@ impl Announced {
             lives: Lives::new(which, tracepoints.tells_of_timers()),
             tracepoints,
             served,
-            ears: Ears { selection, metrics, totals: HashMap::new(), seeding: true },
+            ears: Ears { selection, metrics, live, totals: HashMap::new(), seeding: true },
             losses: KnownLosses::default(),
             reading: None,
             // Whoever is there already is in the first one.
             stale: true,
+            unheard: false,
             next_names: Duration::ZERO,
             audit: None,
             doubtful: None,
@@ -124,7 +134,7 @@ impl Announced {
         let unheard = doubts.verdict(&self.lives);
         if unheard > 0 {
             self.losses.went_unheard(unheard, self.ears.metrics.observer());
-            self.stale = true;
+            (self.stale, self.unheard) = (true, true);
         }
         Ok(())
     }
@@ -142,10 +152,16 @@ impl Announced {
     /// A reading of the table begins, in which these ports are served. Returns whether events were lost.
     pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) -> bool {
         *lock(&self.served) = served.collect();
-        let lost = self.losses.have_grown(&mut self.tracepoints, self.ears.metrics.observer());
+        let lost = self.losses.have_grown(&self.tracepoints, self.ears.metrics.observer());
+        let gaps = self.lives.take_gaps();
         if lost {
             self.lives.forget_requests();
+        } else if gaps > 0 && !self.ears.seeding {
+            // What others say is missing, and nobody knew.
+            self.losses.went_unheard(gaps, self.ears.metrics.observer());
+            (self.stale, self.unheard) = (true, true);
         }
+        let lost = lost | std::mem::take(&mut self.unheard);
         if lost || self.stale || !self.tracepoints.tells_of_timers() {
             self.reading = Some((clock::monotonic(), Vec::new()));
             (self.audit, self.doubtful) = (None, None);
@@ -179,7 +195,7 @@ impl Announced {
             self.hear_events();
             let now = clock::monotonic();
             self.next_audit = audit::next(now, Duration::ZERO);
-            self.doubtful = self.audit.as_mut().and_then(|audit| audit.reading_ends(&self.lives, now));
+            self.doubtful = self.audit.as_mut().and_then(|audit| audit.reading_ends(&mut self.lives, now));
             self.audit = self.audit.take().filter(|_| self.doubtful.is_some());
         }
         let Some((asked, rows)) = self.reading.take() else { return Ok(()) };
@@ -204,8 +220,9 @@ impl Ears {
         let transitions = match said {
             // connect(2), whatever becomes of it.
             Said::Begins(State::Close, _) => return *opened += 1,
-            // Counted when their handshake is complete.
-            Said::Begins(State::Listen | State::SynRecv, _) | Said::Ends { .. } => return,
+            // Counted when their handshake is complete; found in TIME_WAIT, counted as closed before, or missed, by the kernel's
+            // own count of opens.
+            Said::Begins(State::Listen | State::SynRecv | State::TimeWait, _) | Said::Ends { .. } => return,
             // It was there before us, or its beginning was lost.
             Said::Begins(..) => return *opened += u64::from(!self.seeding),
             Said::Moves(transitions) => transitions,
@@ -221,6 +238,7 @@ impl Ears {
             }
         }
         if told {
+            self.live.note(id, transitions);
             journal::whisper(id, transitions);
         }
     }

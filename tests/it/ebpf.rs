@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use aya::maps::{HashMap, Map, MapData, loaded_maps};
 use aya::programs::loaded_programs;
-use echoscope::kernel::{Table, Wanted};
+use echoscope::kernel::{Table, TcpInfo, Wanted};
 use echoscope::tcp::{Role, State, StateSet};
 use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 use serde_json::Value;
@@ -77,6 +77,14 @@ fn looks_at(port: u16) -> Echoscope {
     let process = Echoscope::start(&looks);
     process.line("a refusal", |l| l["message"] == "state" && l["cause"] == "refused");
     process
+}
+
+/// How many of the kernel's announcements a log says were lost, at least.
+pub fn said_lost(lines: &[Value]) -> u64 {
+    let warnings = lines.iter().filter(|line| line["level"] == "WARN");
+    let of =
+        |line: &Value| ["ring", "missed", "connections"].iter().filter_map(|what| line[what].as_u64()).sum::<u64>();
+    warnings.map(of).sum()
 }
 
 #[test]
@@ -244,14 +252,38 @@ fn what_went_unheard_is_found_in_the_table_counted_and_made_good() {
     });
     assert_eq!(lost, 5.0, "three that ended, and two that began");
     process.line("a warning", |l| {
-        l["message"].as_str().is_some_and(|m| m.contains("elsewhere than was announced")) && l["connections"] == 5
+        l["message"].as_str().is_some_and(|m| m.contains("elsewhere than the kernel has announced"))
+            && l["connections"] == 5
     });
     until_clients_equal(&process, port);
     assert_eq!(process.metrics().sockets("client", port, "established"), 7.0);
-    // It is counted once.
-    drop(kept);
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn a_step_in_the_middle_that_went_unheard_is_inferred_counted_and_made_good() {
+    let port = quiet_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let (client, served) = connected(&listener, 1).pop().unwrap();
+    let process = looks_at(port);
+    until("one", || (process.metrics().sockets("client", port, "established") == 1.0).then_some(()));
+    let mut services = services_of(&process);
+    let key = (Role::Client as u32) << 16 | u32::from(port);
+    let place = services.get(&key, 0).unwrap();
+    services.remove(&key).unwrap();
+    drop(served);
+    let info = || TcpInfo::of(client.as_fd()).unwrap();
+    until("CLOSE_WAIT", || (info().state == State::CloseWait).then_some(()));
+    services.insert(key, place, 0).unwrap();
+    let name = format!("{:x}", rustix::net::sockopt::socket_cookie(client.as_fd()).unwrap());
+    drop(client);
+    let line =
+        process.line("the step that went unheard", move |l| l["conn"] == name.as_str() && l["to"] == "CLOSE_WAIT");
+    assert_eq!((&line["evidence"], &line["after_s"]), (&"inferred".into(), &Value::Null), "{line}");
+    // Its counts were wrong: anew.
+    process.line("a warning", |l| l["connections"] == 1);
+    assert_eq!(process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]), 1.0);
     until_clients_equal(&process, port);
-    assert_eq!(process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]), 5.0);
 }
 
 #[test]
@@ -491,11 +523,13 @@ fn time_wait_ends_by_its_timer_and_the_run_waits_for_it() {
     let (_, lines) = Echoscope::start(&run).until_end(std::time::Duration::from_secs(100));
     let ends: Vec<&Value> = lines.iter().filter(|l| l["from"] == "TIME_WAIT").collect();
     assert_eq!(ends.len(), 3);
+    let (announced, looked_up): (Vec<&Value>, Vec<&Value>) = ends.iter().partition(|l| l["evidence"] == "tracepoint");
+    // What the kernel did not announce is found by the table, and counted.
+    assert!(looked_up.len() as u64 <= said_lost(&lines), "{looked_up:?}");
     for end in ends {
-        assert_eq!(
-            (&end["to"], &end["evidence"], &end["cause"]),
-            (&"CLOSED".into(), &"tracepoint".into(), &"expired".into())
-        );
+        assert_eq!((&end["to"], &end["cause"]), (&"CLOSED".into(), &"expired".into()));
+    }
+    for end in announced {
         // TCP_TIMEWAIT_LEN, and the grain of the timer wheel.
         assert!((60.0..64.0).contains(&end["after_s"].as_f64().unwrap()), "{end}");
     }

@@ -8,6 +8,7 @@ use echoscope::lab;
 use echoscope::tcp::State;
 use serde_json::Value;
 
+use crate::ebpf::said_lost;
 use crate::support::Echoscope;
 use crate::trace::{Told, Trace, Walk, held_against, paired, told};
 
@@ -71,13 +72,16 @@ const UNKNOWN_TO_ALL: &[(&str, &str, Why)] = &[
 #[test]
 #[ignore = "needs root: tracefs"]
 fn whatever_the_lab_tells_was_done() {
-    told_was_done("sock_diag", UNKNOWN);
+    told_was_done(play("sock_diag"), UNKNOWN);
 }
 
 #[test]
 #[ignore = "needs root: tracefs, CAP_BPF and CAP_PERFMON"]
 fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
-    let lines = told_was_done("ebpf", UNKNOWN_TO_ALL);
+    // Where the kernel does not announce all (docs/ebpf.md, Losses), once more: this is about what it says.
+    let mut plays = (0..3).map(|_| play("ebpf"));
+    let whole = plays.find(|play| said_lost(&play.lines) == 0).expect("a play of which nothing was lost");
+    let lines = told_was_done(whole, UNKNOWN_TO_ALL);
     for told in told(&lines).iter().filter(|told| told.ports.1 != 0) {
         let by_others: Vec<_> = told.steps.iter().filter(|said| said.evidence != "tracepoint").collect();
         assert!(by_others.is_empty(), "{told}");
@@ -155,8 +159,15 @@ fn ends(lines: &[Value]) -> BTreeMap<&'static str, BTreeSet<String>> {
     found
 }
 
-/// Plays all of the lab, seen by `observer`, and holds what it tells against what the kernel announced; returns its log.
-fn told_was_done(observer: &str, unknown: &[(&str, &str, Why)]) -> Vec<Value> {
+/// What the lab told, and what the kernel's own trace has of the same.
+struct Play {
+    lines: Vec<Value>,
+    walks: Vec<Walk>,
+    requests: Vec<(u16, u16)>,
+}
+
+/// Plays all of the lab, seen by `observer`.
+fn play(observer: &str) -> Play {
     let stages = FIRST_PORT..=FIRST_PORT + lab::ALL.len() as u16 - 1;
     let trace = Trace::start(stages);
     let lab = Echoscope::start(&["lab", "all", "--output", "json", "--observer", observer]);
@@ -177,6 +188,12 @@ fn told_was_done(observer: &str, unknown: &[(&str, &str, Why)]) -> Vec<Value> {
     let walks = of_process(&threads, trace.walks());
     let requests = trace.requests();
     assert_eq!(trace.lost(), 0, "the kernel's events are not all there");
+    Play { lines, walks, requests }
+}
+
+/// Holds what was told against what the kernel announced; returns the log.
+fn told_was_done(play: Play, unknown: &[(&str, &str, Why)]) -> Vec<Value> {
+    let Play { lines, walks, requests } = play;
     let mut by_scenario: BTreeMap<&str, Vec<Pair>> = BTreeMap::new();
     for pair in paired(told(&lines), walks) {
         let name = scenario(ports(&pair)).unwrap_or_else(|| panic!("of no scenario:\n{}", side_by_side(&pair)));

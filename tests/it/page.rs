@@ -405,7 +405,8 @@ fn a_watch_has_viewers_too_and_says_that_it_follows_nobody() {
     let watch = Echoscope::start(&["watch", "--port", &port]);
     let mut viewer = Viewer::of(watch.web());
     let hello = viewer.next().unwrap();
-    assert_eq!((hello.name.as_str(), &hello.data["transitions"]), ("hello", &false.into()));
+    let told = (&hello.data["transitions"], &hello.data["lives"]);
+    assert_eq!((hello.name.as_str(), told), ("hello", (&false.into(), &false.into())));
     let census = viewer.next_of("sockets").data;
     let services = census["sockets"]["services"].as_array().unwrap();
     assert!(
@@ -417,6 +418,30 @@ fn a_watch_has_viewers_too_and_says_that_it_follows_nobody() {
     for path in ["/", "/api/states", "/page/app.js"] {
         assert_eq!(get(watch.web(), path).0, 200, "{path}");
     }
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn a_watch_to_which_the_kernel_announces_tells_each_change_of_others() {
+    let server = server();
+    let address = server.server();
+    let port = address.port().to_string();
+    let watch = Echoscope::start(&["--observer", "ebpf", "watch", "--port", &port]);
+    let mut viewer = Viewer::of(watch.web());
+    let hello = viewer.next_of("hello").data;
+    assert_eq!((&hello["transitions"], &hello["lives"]), (&true.into(), &false.into()));
+    drop(TcpStream::connect(address).unwrap());
+    let mut lines = Vec::new();
+    while !lines.contains(&("LAST_ACK".to_owned(), "CLOSED".to_owned())) {
+        let batch = viewer.next_of("walked").data;
+        let walks = batch["walks"].as_array().unwrap();
+        assert!(walks.iter().all(|walk| walk[3] == "tracepoint"), "{walks:?}");
+        let text = |line: &Value, name: &str| line[name].as_str().unwrap().to_owned();
+        lines.extend(batch["lines"].as_array().unwrap().iter().map(|l| (text(l, "from"), text(l, "to"))));
+    }
+    let steps = ["LISTEN", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSED"];
+    let expected: Vec<_> = steps.windows(2).map(|pair| (pair[0].to_owned(), pair[1].to_owned())).collect();
+    assert_eq!(lines, expected, "of the port that is watched, and of nothing else");
 }
 
 #[test]

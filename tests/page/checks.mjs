@@ -82,6 +82,31 @@ export async function countsAreTheApis(browser, binary) {
 }
 
 /** A connection that begins while the page is open walks the arrows, and its ladder is the textbook's. Returns what checks its end. */
+async function everyArrowIsWalked(page) {
+  await until('every textbook arrow to be walked', async () => page.evaluate(() => ['CLOSED SYN_SENT', 'SYN_SENT ESTABLISHED', 'ESTABLISHED FIN_WAIT1', 'FIN_WAIT1 FIN_WAIT2', 'FIN_WAIT2 TIME_WAIT'].every((arrow) => document.querySelector(`[data-arrow="${arrow}"] .walk.client`).getAttribute('visibility') === 'visible')
+    && ['LISTEN SYN_RECV', 'SYN_RECV ESTABLISHED', 'ESTABLISHED CLOSE_WAIT', 'CLOSE_WAIT LAST_ACK', 'LAST_ACK CLOSED'].every((arrow) => document.querySelector(`[data-arrow="${arrow}"] .walk.server`).getAttribute('visibility') === 'visible')));
+}
+
+/** Of others: the arrows and the log, but no connections and no ladders. As root it must be so. */
+export async function announcedToAWatch(browser, binary, look) {
+  const watch = await start(binary, await port(), 'watch');
+  const { page, seen, close } = await open(browser, watch);
+  const observer = await until('an observer', async () => (await page.textContent('#observer')).trim());
+  if (observer === 'ebpf') {
+    await everyArrowIsWalked(page);
+    await until('its log', async () => await page.locator('#log li .conn').count() >= 5);
+    assert(await page.locator('#log .conn').first().isDisabled() && await page.locator('#lives').isHidden(), 'nobody’s ladder can be drawn');
+    assert(await page.getByText('Counts only.').isHidden(), 'it is not counts only');
+    const listed = await text(page, '#log .badge');
+    assert(listed.every((evidence) => ['tracepoint', 'sock_diag'].includes(evidence)), `seen by ${listed}`);
+    await axe(page, 'a watch by eBPF');
+    await look(page);
+  } else assert(process.getuid() !== 0, `root’s watch sees by ${observer}`);
+  assert(seen.faults.length === 0, seen.faults.join('\n'));
+  await close();
+  await watch.end();
+}
+
 export async function aLifeIsWalked({ page, seen }) {
   // The next one that begins, from the log, by its name.
   const before = new Set(await text(page, '#log .conn'));
@@ -91,8 +116,7 @@ export async function aLifeIsWalked({ page, seen }) {
   });
   await page.locator(`#log .conn[data-conn="${conn}"]`).first().click();
   await page.waitForFunction((conn) => document.querySelector('#ladder-name').textContent === conn, conn);
-  await until('every textbook arrow to be walked', async () => page.evaluate(() => ['CLOSED SYN_SENT', 'SYN_SENT ESTABLISHED', 'ESTABLISHED FIN_WAIT1', 'FIN_WAIT1 FIN_WAIT2', 'FIN_WAIT2 TIME_WAIT'].every((arrow) => document.querySelector(`[data-arrow="${arrow}"] .walk.client`).getAttribute('visibility') === 'visible')
-    && ['LISTEN SYN_RECV', 'SYN_RECV ESTABLISHED', 'ESTABLISHED CLOSE_WAIT', 'CLOSE_WAIT LAST_ACK', 'LAST_ACK CLOSED'].every((arrow) => document.querySelector(`[data-arrow="${arrow}"] .walk.server`).getAttribute('visibility') === 'visible')));
+  await everyArrowIsWalked(page);
   await until('TIME_WAIT', async () => (await steps(page, 'client')).at(-1) === 'TIME_WAIT' && (await steps(page, 'server')).at(-1) === 'CLOSED');
   assert((await steps(page, 'client')).join() === CLIENT.slice(0, -1).join(), `client: ${await steps(page, 'client')}`);
   assert((await steps(page, 'server')).join() === SERVER.join(), `server: ${await steps(page, 'server')}`);
@@ -253,7 +277,7 @@ export async function trouble(browser, server, look) {
   const walks = [['client', 'FIN_WAIT1', 'TIME_WAIT', 'sock_diag', 1], ['server', 'ESTABLISHED', 'CLOSED', 'tcp_info', 1], ['client', 'NOWHERE', 'CLOSED', 'tcp_info', 1]];
   const stream = [
     'retry: 600000\n\n',
-    event('hello', { version: '0', transitions: true, restarted: false, walked: walks.slice(0, 2) }),
+    event('hello', { version: '0', transitions: true, lives: true, restarted: false, walked: walks.slice(0, 2) }),
     event('sockets', { at, ready: false, lost: { events: 2, log_lines: 0, not_followed: 1, new_kind: 3 }, sockets: census }),
     event('walked', { at, walks, lines: [line, hostile], more: 1_234 }),
     event('missed', { transitions: 77 }),

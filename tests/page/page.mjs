@@ -7,7 +7,7 @@ import { mkdtempSync, mkdirSync, statSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { aLifeIsWalked, axe, countsAreTheApis, filtersAndKeyboard, restartAndFullHouse, stillness, trouble } from './checks.mjs';
+import { aLifeIsWalked, announcedToAWatch, axe, countsAreTheApis, filtersAndKeyboard, restartAndFullHouse, stillness, trouble } from './checks.mjs';
 import { leftOpen } from './long.mjs';
 import { assert, browse, endAll, open, port, sleep, start, until } from './stage.mjs';
 
@@ -93,7 +93,7 @@ try {
     await trouble(browser, pair, (page) => look(page, shots, 'trouble'));
     passed('trouble: warnings, losses, unknown ways, hostile text');
 
-    const watch = await start(binary, await port(), 'watch', '--remote-port', '9');
+    const watch = await start(binary, await port(), '--observer', 'sock_diag', 'watch', '--remote-port', '9');
     const other = await open(browser, watch);
     await until('the services', async () => await other.page.locator('#services tr').count() >= 1);
     assert(await other.page.locator('#log').isHidden() && await other.page.getByText('Counts only.').isVisible(), 'a watch says that it follows nobody');
@@ -107,6 +107,8 @@ try {
     await other.close();
     await watch.end();
     passed('a watch');
+    await announcedToAWatch(browser, binary, (page) => look(page, shots, 'watch-ebpf'));
+    passed('a watch, to which the kernel announces each step');
 
     const lab = await start(binary, await port(), 'lab', 'last-ack-lost', '--hold', '5m');
     const scene = await open(browser, lab);

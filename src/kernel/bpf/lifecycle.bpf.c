@@ -15,7 +15,7 @@
 #include <bpf/bpf_helpers.h>
 
 #define STATES 16
-#define SERVICES 1024
+#define SERVICES 8192
 
 /* What an event is about; Kind in tracepoints/event.rs. */
 enum kind {
@@ -97,7 +97,7 @@ struct {
 	__type(value, __u8);
 } orphans SEC(".maps");
 
-/* How many events the ring had no room for. */
+/* How many events the ring had no room for, and minisockets `orphans`. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -162,16 +162,21 @@ static __always_inline void add(struct mine *mine, __u8 state, __s64 n)
 		__sync_fetch_and_add(&mine->counts->sockets[state & (STATES - 1)], n);
 }
 
+static __always_inline void lose(void)
+{
+	__u32 zero = 0;
+	__u64 *n = bpf_map_lookup_elem(&lost, &zero);
+
+	if (n)
+		__sync_fetch_and_add(n, 1);
+}
+
 static __always_inline struct event *event(enum kind kind, struct mine *mine, __u64 cookie)
 {
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 
 	if (!e) {
-		__u32 zero = 0;
-		__u64 *n = bpf_map_lookup_elem(&lost, &zero);
-
-		if (n)
-			__sync_fetch_and_add(n, 1);
+		lose();
 		return 0;
 	}
 	__builtin_memset(e, 0, sizeof(*e));
@@ -248,7 +253,8 @@ static __always_inline int closing(struct sock *sk)
  * The kernel runs a program on one event at a time on each CPU: what happens in an interrupt while it runs passes it by
  * (bpf_prog->active). So there are two of each, one after the other. The first leaves a mark that it was there: the address
  * of its arguments, which is another at each level of interruption, and the same for both. Without a mark the second does
- * the work, and counts that it did: misses of the first that the second has not made good are losses.
+ * the work, and counts that it did: misses of the first that the second has not made good are losses. What is not ours leaves its
+ * mark too, for the kernel counts a miss whoever it was.
  */
 #define LEVELS 8
 
@@ -256,6 +262,9 @@ static __always_inline int closing(struct sock *sk)
 struct marks {
 	__u32 depth;
 	__u64 at[LEVELS];
+	/* Who it is about, and what: one that was left behind is not taken for a later one's at the same address. */
+	__u64 who[LEVELS];
+	__u64 what[LEVELS];
 };
 
 enum twice { STATE, START, CANCEL, TWICE };
@@ -275,6 +284,11 @@ struct {
 	__type(value, __u64);
 } rescued SEC(".maps");
 
+static __always_inline __u64 what_of(__u32 which, __u64 *ctx)
+{
+	return which == STATE ? ctx[1] << 32 | ctx[2] : 0;
+}
+
 static __always_inline void mark(__u32 which, __u64 *ctx)
 {
 	volatile struct marks *m = bpf_map_lookup_elem(&marks, &which);
@@ -288,6 +302,8 @@ static __always_inline void mark(__u32 which, __u64 *ctx)
 	if (depth >= LEVELS)
 		depth = 0;
 	m->at[depth] = (__u64)ctx;
+	m->who[depth] = ctx[0];
+	m->what[depth] = what_of(which, ctx);
 	m->depth = depth + 1;
 }
 
@@ -302,7 +318,7 @@ static __always_inline int marked(__u32 which, __u64 *ctx)
 	depth = m->depth;
 #pragma unroll
 	for (__u32 i = LEVELS; i > 0; i--) {
-		if (i <= depth && m->at[i - 1] == (__u64)ctx) {
+		if (i <= depth && m->at[i - 1] == (__u64)ctx && m->who[i - 1] == ctx[0] && m->what[i - 1] == what_of(which, ctx)) {
 			m->depth = i - 1;
 			return 1;
 		}
@@ -369,7 +385,6 @@ static __always_inline int changed(__u64 *ctx)
 	return 0;
 }
 
-/* What is not ours is to cost next to nothing, so it leaves no mark either. */
 static __always_inline int is_foreign(struct sock *sk)
 {
 	return sk->__sk_common.skc_net.net->net_cookie != netns;
@@ -378,16 +393,14 @@ static __always_inline int is_foreign(struct sock *sk)
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state(__u64 *ctx)
 {
-	if (is_foreign((void *)ctx[0]))
-		return 0;
 	mark(STATE, ctx);
-	return changed(ctx);
+	return is_foreign((void *)ctx[0]) ? 0 : changed(ctx);
 }
 
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state_again(__u64 *ctx)
 {
-	if (is_foreign((void *)ctx[0]) || marked(STATE, ctx))
+	if (marked(STATE, ctx) || is_foreign((void *)ctx[0]))
 		return 0;
 	return changed(ctx);
 }
@@ -412,11 +425,14 @@ int on_send_reset(__u64 *ctx)
 	struct mine mine;
 	struct event *e;
 
-	if (!sk || is_foreign(sk))
+	/*
+	 * A minisocket, or a request, sends them too, or nobody: then there is no socket. Newer kernels insist on a check. Some
+	 * older ones take the argument for one that is always there, and leave out ours; the helper has one of its own.
+	 */
+	if (!sk)
 		return 0;
-	/* A minisocket, or a request, sends them too. */
 	tp = bpf_skc_to_tcp_sock(sk);
-	if (!tp)
+	if (!tp || is_foreign(&tp->inet_conn.icsk_inet.sk))
 		return 0;
 	if (!find_full(&mine, tp))
 		return 0;
@@ -515,12 +531,13 @@ struct {
 
 static const char symbol[] = "%ps";
 
+/* A compiler that splits or clones functions adds a suffix, after a dot. */
 static __always_inline int is(const char *text, const char *name, int length)
 {
 	for (int i = 0; i < length; i++)
 		if (text[i] != name[i])
 			return 0;
-	return 1;
+	return text[length] == 0 || text[length] == '.';
 }
 
 static __attribute__((noinline)) int learn(__u64 function)
@@ -531,9 +548,9 @@ static __attribute__((noinline)) int learn(__u64 function)
 	if (bpf_map_lookup_elem(&strangers, &function))
 		return 0;
 	bpf_snprintf(text, sizeof(text), symbol, &function, sizeof(function));
-	if (is(text, "tw_timer_handler", 17))
+	if (is(text, "tw_timer_handler", 16))
 		timewait_timer = function;
-	else if (is(text, "reqsk_timer_handler", 20))
+	else if (is(text, "reqsk_timer_handler", 19))
 		request_timer = function;
 	else
 		bpf_map_update_elem(&strangers, &function, &one, BPF_ANY);
@@ -567,8 +584,9 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 	cookie = BPF_CORE_READ(skc, skc_cookie.counter);
 	state = BPF_CORE_READ(tw, tw_substate);
 	if (armed) {
-		if (state == TCP_FIN_WAIT2)
-			bpf_map_update_elem(&orphans, &cookie, &one, BPF_ANY);
+		/* What is not noted will be counted in the wrong state: user space counts anew. */
+		if (state == TCP_FIN_WAIT2 && bpf_map_update_elem(&orphans, &cookie, &one, BPF_ANY))
+			lose();
 	} else {
 		state = bpf_map_delete_elem(&orphans, &cookie) ? TCP_TIME_WAIT : TCP_FIN_WAIT2;
 	}
@@ -625,14 +643,14 @@ static __always_inline int is_other(struct timer_list *timer)
 
 static __always_inline int on_timer(struct timer_list *timer, int armed)
 {
+	if (is_other(timer))
+		return 0;
 	return (__u64)timer->function == timewait_timer ? on_minisocket(timer, armed) : on_request(timer, armed);
 }
 
 SEC("tp_btf/timer_start")
 int on_timer_start(__u64 *ctx)
 {
-	if (is_other((void *)ctx[0]))
-		return 0;
 	mark(START, ctx);
 	return on_timer((void *)ctx[0], 1);
 }
@@ -640,16 +658,12 @@ int on_timer_start(__u64 *ctx)
 SEC("tp_btf/timer_start")
 int on_timer_start_again(__u64 *ctx)
 {
-	if (is_other((void *)ctx[0]) || marked(START, ctx))
-		return 0;
-	return on_timer((void *)ctx[0], 1);
+	return marked(START, ctx) ? 0 : on_timer((void *)ctx[0], 1);
 }
 
 SEC("tp_btf/timer_cancel")
 int on_timer_cancel(__u64 *ctx)
 {
-	if (is_other((void *)ctx[0]))
-		return 0;
 	mark(CANCEL, ctx);
 	return on_timer((void *)ctx[0], 0);
 }
@@ -657,9 +671,7 @@ int on_timer_cancel(__u64 *ctx)
 SEC("tp_btf/timer_cancel")
 int on_timer_cancel_again(__u64 *ctx)
 {
-	if (is_other((void *)ctx[0]) || marked(CANCEL, ctx))
-		return 0;
-	return on_timer((void *)ctx[0], 0);
+	return marked(CANCEL, ctx) ? 0 : on_timer((void *)ctx[0], 0);
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

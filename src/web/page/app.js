@@ -22,8 +22,9 @@ const LOSSES = {
 
 const page = {
   version: null,
-  /** Whether lives are followed; null until that is known. */
+  /** Whether lives are followed, and whether changes are told at all; null until that is known. */
   lives: null,
+  changes: null,
   chosen: 'all',
   census: null,
   lost: {},
@@ -102,7 +103,7 @@ function ports(census) {
 }
 
 function losses() {
-  const all = { ...page.lost, ...(page.lives ? { page: page.missed } : {}) };
+  const all = { ...page.lost, ...(page.changes ? { page: page.missed } : {}) };
   const told = Object.entries(all).map(([what, n]) => [n, LOSSES[what] ? things(n, ...LOSSES[what]) : `${what}: ${count(n)}`]);
   const lost = told.filter(([n]) => n > 0).map(([, text]) => text);
   $('losses').classList.toggle('some', lost.length > 0);
@@ -110,11 +111,13 @@ function losses() {
   mark($('losses'), 'title', told.map(([, text]) => text).join('\n'));
 }
 
-/** What only a process that follows lives can show, and what only one that does not. */
-function arrange(followed) {
-  page.lives = followed;
+/** What only a process that follows lives can show, and what only one that does not; with changes, or with counts only. */
+function arrange(followed, changes) {
+  [page.lives, page.changes, log.ladders] = [followed, changes, followed];
   document.body.classList.toggle('watch', !followed);
-  for (const element of document.querySelectorAll('[data-if]')) element.hidden = (element.dataset.if === 'lives') !== followed;
+  document.body.classList.toggle('changes', changes);
+  const shows = { lives: followed, watch: !followed, changes, counts: !changes };
+  for (const element of document.querySelectorAll('[data-if]')) element.hidden = !shows[element.dataset.if];
   if (followed) lives.start();
   else {
     lives.stop();
@@ -127,7 +130,7 @@ function totals() {
   diagram.walked(list);
   facts.walked(list);
   const changes = list.reduce((sum, walk) => sum + walk[4], 0);
-  say($('walked'), `${count(changes)} changes of state since the process began`);
+  say($('walked'), `${count(changes)} changes of state since the process began${page.lives ? '' : ', of all services'}`);
 }
 
 const feed = new Feed({
@@ -136,7 +139,7 @@ const feed = new Feed({
     say($('state'), how === 'open' ? 'live' : `connection lost${why ? `: ${why}` : ''}; trying again`);
     if (how !== 'open') charts.gap();
   },
-  hello({ version, transitions, restarted, walked }) {
+  hello({ version, transitions, lives: followed, restarted, walked }) {
     if (page.version && page.version !== version) say($('version'), `${version}: load this page anew, it is of ${page.version}`);
     else say($('version'), version);
     page.version ??= version;
@@ -145,7 +148,7 @@ const feed = new Feed({
       page.missed = 0;
       charts.clear();
     }
-    if (page.lives !== transitions) arrange(transitions);
+    if (page.lives !== followed || page.changes !== transitions) arrange(followed, transitions);
     page.greeted ??= performance.now();
     page.totals = new Map(walked.map((walk) => [walk.slice(0, 4).join(), walk]));
     totals();
@@ -171,7 +174,7 @@ const feed = new Feed({
     ladder.ahead = lives.ahead = ahead;
     page.lost = lost;
     losses();
-    if (page.lives) totals();
+    if (page.changes) totals();
     // Changes are told one by one from the greeting on; what was before is in the last lives.
     if (page.lives && !page.recalled) log.before(at - (performance.now() - page.greeted) / 1000);
     page.recalled = true;

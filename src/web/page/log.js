@@ -12,6 +12,9 @@ export class Log {
   #waiting = [];
   #beyond = 0;
 
+  /** Whether there are ladders to be drawn. */
+  ladders = true;
+
   /** `chosen(conn)` is told whose line was clicked. */
   constructor(chosen) {
     $('pause').addEventListener('click', () => this.#pause(!this.#paused));
@@ -100,6 +103,7 @@ export class Log {
     say(row.role, line.role);
     say(row.conn, line.conn);
     mark(row.conn, 'data-conn', line.conn);
+    row.conn.disabled = !this.ladders;
     say(row.from, line.from);
     say(row.to, `→ ${line.to}`);
     say(row.after, line.after === undefined ? '' : `after ${duration(line.after)}`);
