@@ -130,8 +130,9 @@ impl Tracepoints {
             .map_err(|error| TraceError::refused("load the program for tracepoints", &error))?;
         // Timers first: a minisocket that is told of by its timer is then never missed by the socket's own end.
         let mut attached = Attached::default();
-        let timers = TIMERS.iter().try_for_each(|name| attached.twice(&mut programs, name, &types));
-        attached.twice(&mut programs, "inet_sock_set_state", &types)?;
+        let timers =
+            TIMERS.iter().try_for_each(|name| attached.once(&mut programs, name, &format!("on_{name}"), &types));
+        attached.twice(&mut programs, "inet_sock_set_state", "on_set_state", &types)?;
         attached.once(&mut programs, "tcp_receive_reset", "on_receive_reset", &types)?;
         // Before Linux 6.10 it does not say why; without it, a RST that answers late data passes for one that came in.
         let resets = attached.once(&mut programs, "tcp_send_reset", "on_send_reset", &types);
@@ -251,10 +252,8 @@ impl Tracepoints {
         for watched in &self.attached.watched {
             missed += watched.misses().map_err(|e| failed(&e))?;
         }
-        for which in 0..self.rescued.len() {
-            missed = missed.saturating_sub(self.rescued.get(&which, 0).map_err(|e| failed(&e))?);
-        }
-        Ok(Losses { ring, missed })
+        let rescued = self.rescued.get(&0, 0).map_err(|e| failed(&e))?;
+        Ok(Losses { ring, missed: missed.saturating_sub(rescued) })
     }
 
     /// What tells that events wait; to be asked for within the event loop that waits for it.
@@ -344,9 +343,14 @@ impl Watched {
 
 impl Attached {
     /// Attaches the two programs of a tracepoint, in this order: the second one does what passed the first one by.
-    fn twice(&mut self, programs: &mut Ebpf, tracepoint: &'static str, types: &Btf) -> Result<(), TraceError> {
-        let name = format!("on_{}", tracepoint.trim_start_matches("inet_sock_"));
-        self.once(programs, tracepoint, &name, types)?;
+    fn twice(
+        &mut self,
+        programs: &mut Ebpf,
+        tracepoint: &'static str,
+        name: &str,
+        types: &Btf,
+    ) -> Result<(), TraceError> {
+        self.once(programs, tracepoint, name, types)?;
         // What passes this one by, the first one has done.
         let again = program(programs, tracepoint, &format!("{name}_again"))?;
         again.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;

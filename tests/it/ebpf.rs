@@ -16,7 +16,7 @@ use serde_json::Value;
 use socket2::SockRef;
 
 use crate::confined::{spawn_failing, spawn_refusing};
-use crate::support::{Echoscope, command, lives, quiet_port, until, walk};
+use crate::support::{Echoscope, Metrics, command, lives, quiet_port, until, walk};
 
 const CLIENT: [&str; 6] = ["CLOSED", "SYN_SENT", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT"];
 const SERVER: [&str; 6] = ["LISTEN", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSED"];
@@ -77,6 +77,13 @@ fn looks_at(port: u16) -> Echoscope {
     let process = Echoscope::start(&looks);
     process.line("a refusal", |l| l["message"] == "state" && l["cause"] == "refused");
     process
+}
+
+/// A kernel may hide what happens while some process is at work (docs/ebpf.md, Losses): that is counted, and rare.
+fn assert_hardly_anything_lost(metrics: &Metrics) {
+    let lost = metrics.sum("echoscope_observer_lost_events_total", &[]);
+    assert!(lost <= 2.0, "{lost} events lost");
+    assert_eq!(metrics.sum("echoscope_observer_errors_total", &[]), 0.0);
 }
 
 /// How many of the kernel's announcements a log says were lost, at least.
@@ -154,7 +161,7 @@ fn what_was_there_before_is_counted_once_and_followed_to_its_end() {
     drop(pairs);
     expect("all closed");
     assert_eq!(of("client", "established"), 0.0);
-    process.metrics().assert_nothing_lost();
+    assert_hardly_anything_lost(&process.metrics());
 }
 
 #[test]
@@ -176,7 +183,7 @@ fn counts_are_the_tables_whatever_happens() {
         drop(TcpStream::connect(address).unwrap());
     }
     until_equal(&process, port);
-    process.metrics().assert_nothing_lost();
+    assert_hardly_anything_lost(&process.metrics());
 }
 
 #[test]
@@ -337,7 +344,7 @@ fn nothing_stays_behind_not_even_after_sigkill() {
     for signal in ["TERM", "KILL"] {
         let process = looks_at(quiet_port());
         let (programs, maps) = (open_in(&process, "prog_id:"), open_in(&process, "map_id:"));
-        assert_eq!(programs.len(), 10, "two each of three, and four more");
+        assert_eq!(programs.len(), 8, "two for changes of state, two for timers, and four more");
         assert!(maps.len() >= 6, "{maps:?}");
         let held: BTreeSet<u32> = maps_of(&programs);
         assert!(maps.is_subset(&held), "{maps:?} of {held:?}");
@@ -512,7 +519,7 @@ fn of_others_too_every_open_every_end_and_its_cause_is_told() {
     // Reset by the client; closed first by the server; closed first by the client, the one from before among them.
     let told = ["abort", "reset", "ack", "peer_fin"].map(|cause| (ended("client", cause), ended("server", cause)));
     assert_eq!(told, [(100.0, 0.0), (0.0, 100.0), (100.0, 101.0), (101.0, 100.0)]);
-    assert_eq!(metrics.sum("echoscope_observer_lost_events_total", &[]), 0.0);
+    assert_hardly_anything_lost(&metrics);
 }
 
 #[test]

@@ -251,27 +251,30 @@ static __always_inline int closing(struct sock *sk)
 
 /*
  * The kernel runs a program on one event at a time on each CPU: what happens in an interrupt while it runs passes it by
- * (bpf_prog->active). So there are two of each, one after the other. The first leaves a mark that it was there: the address
- * of its arguments, which is another at each level of interruption, and the same for both. Without a mark the second does
- * the work, and counts that it did: misses of the first that the second has not made good are losses. What is not ours leaves its
- * mark too, for the kernel counts a miss whoever it was.
+ * (bpf_prog->active). So there are two for changes of state, one after the other. The first leaves a mark that it was there:
+ * the address of its arguments, which is another at each level of interruption, and the same for both. Without a mark the
+ * second does the work, and counts that it did: misses of the first that the second has not made good are losses. What is
+ * not ours leaves its mark too, for the kernel counts a miss whoever it was. Timers need no second program: the kernel tells
+ * of them with interrupts off (timer_base.lock).
  */
 #define LEVELS 8
+
+struct mark {
+	__u64 at;
+	/* Who it is about, and what: one that was left behind is not taken for a later one's at the same address. */
+	__u64 who;
+	__u64 what;
+};
 
 /* A stack, as interrupts are: whatever lies above a mark was left by somebody who has come to his end. */
 struct marks {
 	__u32 depth;
-	__u64 at[LEVELS];
-	/* Who it is about, and what: one that was left behind is not taken for a later one's at the same address. */
-	__u64 who[LEVELS];
-	__u64 what[LEVELS];
+	struct mark on[LEVELS];
 };
-
-enum twice { STATE, START, CANCEL, TWICE };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, TWICE);
+	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct marks);
 } marks SEC(".maps");
@@ -279,20 +282,15 @@ struct {
 /* How often the second program stepped in. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, TWICE);
+	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u64);
 } rescued SEC(".maps");
 
-static __always_inline __u64 what_of(__u32 which, __u64 *ctx)
+static __always_inline void mark(__u64 *ctx)
 {
-	return which == STATE ? ctx[1] << 32 | ctx[2] : 0;
-}
-
-static __always_inline void mark(__u32 which, __u64 *ctx)
-{
-	volatile struct marks *m = bpf_map_lookup_elem(&marks, &which);
-	__u32 depth;
+	__u32 zero = 0, depth;
+	volatile struct marks *m = bpf_map_lookup_elem(&marks, &zero);
 
 	if (!m)
 		return;
@@ -301,16 +299,16 @@ static __always_inline void mark(__u32 which, __u64 *ctx)
 	   time to forget such marks. */
 	if (depth >= LEVELS)
 		depth = 0;
-	m->at[depth] = (__u64)ctx;
-	m->who[depth] = ctx[0];
-	m->what[depth] = what_of(which, ctx);
+	m->on[depth].at = (__u64)ctx;
+	m->on[depth].who = ctx[0];
+	m->on[depth].what = ctx[1] << 32 | ctx[2];
 	m->depth = depth + 1;
 }
 
-static __always_inline int marked(__u32 which, __u64 *ctx)
+static __always_inline int marked(__u64 *ctx)
 {
-	volatile struct marks *m = bpf_map_lookup_elem(&marks, &which);
-	__u32 depth;
+	__u32 zero = 0, depth;
+	volatile struct marks *m = bpf_map_lookup_elem(&marks, &zero);
 	__u64 *n;
 
 	if (!m)
@@ -318,12 +316,14 @@ static __always_inline int marked(__u32 which, __u64 *ctx)
 	depth = m->depth;
 #pragma unroll
 	for (__u32 i = LEVELS; i > 0; i--) {
-		if (i <= depth && m->at[i - 1] == (__u64)ctx && m->who[i - 1] == ctx[0] && m->what[i - 1] == what_of(which, ctx)) {
+		volatile struct mark *on = &m->on[i - 1];
+
+		if (i <= depth && on->at == (__u64)ctx && on->who == ctx[0] && on->what == (ctx[1] << 32 | ctx[2])) {
 			m->depth = i - 1;
 			return 1;
 		}
 	}
-	n = bpf_map_lookup_elem(&rescued, &which);
+	n = bpf_map_lookup_elem(&rescued, &zero);
 	if (n)
 		__sync_fetch_and_add(n, 1);
 	return 0;
@@ -393,14 +393,14 @@ static __always_inline int is_foreign(struct sock *sk)
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state(__u64 *ctx)
 {
-	mark(STATE, ctx);
+	mark(ctx);
 	return is_foreign((void *)ctx[0]) ? 0 : changed(ctx);
 }
 
 SEC("tp_btf/inet_sock_set_state")
 int on_set_state_again(__u64 *ctx)
 {
-	if (marked(STATE, ctx) || is_foreign((void *)ctx[0]))
+	if (marked(ctx) || is_foreign((void *)ctx[0]))
 		return 0;
 	return changed(ctx);
 }
@@ -651,27 +651,13 @@ static __always_inline int on_timer(struct timer_list *timer, int armed)
 SEC("tp_btf/timer_start")
 int on_timer_start(__u64 *ctx)
 {
-	mark(START, ctx);
 	return on_timer((void *)ctx[0], 1);
-}
-
-SEC("tp_btf/timer_start")
-int on_timer_start_again(__u64 *ctx)
-{
-	return marked(START, ctx) ? 0 : on_timer((void *)ctx[0], 1);
 }
 
 SEC("tp_btf/timer_cancel")
 int on_timer_cancel(__u64 *ctx)
 {
-	mark(CANCEL, ctx);
 	return on_timer((void *)ctx[0], 0);
-}
-
-SEC("tp_btf/timer_cancel")
-int on_timer_cancel_again(__u64 *ctx)
-{
-	return marked(CANCEL, ctx) ? 0 : on_timer((void *)ctx[0], 0);
 }
 
 char _license[] SEC("license") = "Dual MIT/GPL";
