@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::journal::Journal;
 use crate::kernel::{Table, Tracepoints, clock};
@@ -63,6 +63,8 @@ struct Handle {
     /// And counts them all, those without a full socket too.
     tally: Option<Arc<Tally>>,
     queue: mpsc::Sender<Departed>,
+    /// Asks for the last comparison with the table.
+    last: mpsc::Sender<oneshot::Sender<()>>,
 }
 
 struct Shared {
@@ -91,6 +93,7 @@ impl Afterlife {
     ) -> anyhow::Result<Afterlife> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (queue, inbox) = mpsc::channel(limit.max(1));
+        let (last, last_asked) = mpsc::channel(1);
         let shared = Arc::new(Shared {
             journal,
             following: AtomicUsize::new(0),
@@ -109,7 +112,7 @@ impl Afterlife {
             Some(tracepoints) => {
                 let counts_all = tracepoints.tells_of_timers();
                 let (witness, tally) = Witness::new(Arc::clone(&shared), scope, table, tracepoints)?;
-                (Box::new(move || runtime.block_on(witness.run(inbox))), counts_all.then_some(tally))
+                (Box::new(move || runtime.block_on(witness.run(inbox, last_asked))), counts_all.then_some(tally))
             }
         };
         let gone = Gone(Arc::clone(&shared));
@@ -117,7 +120,7 @@ impl Afterlife {
             let _gone = gone;
             run();
         })?;
-        Ok(Afterlife(Arc::new(Handle { shared, hears, tally, queue })))
+        Ok(Afterlife(Arc::new(Handle { shared, hears, tally, queue, last })))
     }
 
     /// Whether the kernel itself announces every change: then nobody else has to tell of any.
@@ -182,6 +185,18 @@ impl Afterlife {
         if self.0.hears {
             // What a second event may change is told a moment later.
             tokio::time::sleep(GATHER * 3).await;
+        }
+    }
+
+    /// Before the end: what the kernel did not announce, and is not known to be lost, is looked for in its table and counted.
+    /// Takes half a second where something seems to be missing.
+    pub async fn last_look(&self) {
+        if self.0.hears {
+            let (answer, answered) = oneshot::channel();
+            // Whoever does not answer is gone, and has said so.
+            if self.0.last.send(answer).await.is_ok() {
+                let _ = answered.await;
+            }
         }
     }
 

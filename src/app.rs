@@ -195,6 +195,11 @@ async fn run_roles(
             () = stop.begun() => {}
         }
     }
+    tokio::select! {
+        () = afterlife.last_look() => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => {}
+        () = stop.was_cut() => {}
+    }
     if let Some((stats, output)) = summarize {
         let summary = Summary::of(&stats, &journal);
         let mut out = std::io::stdout().lock();

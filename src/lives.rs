@@ -58,9 +58,9 @@ pub(crate) struct Lives {
     undecided: Vec<u64>,
     nameless: Vec<u64>,
     stopped: Vec<Flow>,
-    /// Server's connections whose request nobody has told of, and when they were complete: there may have been none (SYN
-    /// cookies), or it went unheard.
-    unrequested: Vec<(Flow, Duration)>,
+    /// Server's connections that were complete a moment ago, and whether their request was told of: there may have been none
+    /// (SYN cookies), or it went unheard.
+    completed: Vec<(Flow, Duration, bool)>,
     /// How many events are missing by what others say.
     gaps: u64,
     /// Minisockets in FIN_WAIT2: not every one that goes on to TIME_WAIT is announced.
@@ -97,6 +97,8 @@ struct Request {
     stopped: Option<(Duration, bool)>,
     /// How many SYN+ACKs were sent again.
     retransmits: u32,
+    /// Its beginning was announced: the table shows full sockets in SYN_RECV, too, which have no clock of this kind.
+    heard: bool,
     /// A reading of the table did not show it.
     unseen: bool,
 }
@@ -112,7 +114,7 @@ impl Lives {
             undecided: Vec::new(),
             nameless: Vec::new(),
             stopped: Vec::new(),
-            unrequested: Vec::new(),
+            completed: Vec::new(),
             gaps: 0,
             orphans: VecDeque::new(),
         }
@@ -142,7 +144,8 @@ impl Lives {
             }
             Kind::Requested => {
                 let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
-                let request = Request { at: event.at, cookie: life, stopped: None, retransmits: 0, unseen: false };
+                let request =
+                    Request { at: event.at, cookie: life, stopped: None, retransmits: 0, heard: true, unseen: false };
                 let known = self.requests.entry(key(&event.flow)).or_insert(request);
                 // A clock that starts anew was stopped before; otherwise this is another handshake, and the end of the one
                 // before it went unheard.
@@ -154,10 +157,10 @@ impl Lives {
                 if let Some(request) = self.requests.get_mut(&key(&event.flow)) {
                     request.stopped = Some((event.at, expired));
                     self.stopped.push(key(&event.flow));
-                } else if let Some(i) = self.unrequested.iter().position(|(flow, _)| *flow == key(&event.flow)) {
+                } else if let Some(i) = self.completed.iter().position(|(flow, ..)| *flow == key(&event.flow)) {
                     // It had a request.
-                    self.unrequested.swap_remove(i);
-                    self.gaps += 1;
+                    let (_, _, told) = self.completed.swap_remove(i);
+                    self.gaps += u64::from(!told);
                 }
             }
             Kind::ResetSent(reason) => {
@@ -244,8 +247,14 @@ impl Lives {
         }
         let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
-        if request.is_none() && self.timers {
-            self.unrequested.push((key(&event.flow), event.at));
+        if self.timers {
+            // Two segments at once may make two sockets of one request, of which one is thrown away (inet_csk_complete_hashdance).
+            let flow = key(&event.flow);
+            if self.completed.len() >= 64 {
+                self.completed.retain(|(_, at, _)| event.at.saturating_sub(*at) < SETTLED);
+            }
+            let told = request.is_some() || self.completed.iter().any(|(other, ..)| *other == flow);
+            self.completed.push((flow, event.at, told));
         }
         self.begins_by_request(id, request.as_ref(), event.at, tell);
     }
@@ -293,7 +302,7 @@ impl Lives {
     /// Decides what waited for a second event that has not come.
     pub(crate) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let due = |at: Duration| now.saturating_sub(at) >= SETTLED;
-        self.unrequested.retain(|(_, at)| !due(*at));
+        self.completed.retain(|(_, at, _)| !due(*at));
         for cookie in std::mem::take(&mut self.undecided) {
             let Some(living) = self.living.get_mut(&cookie) else { continue };
             match living.ending {
@@ -421,7 +430,8 @@ impl Lives {
         }
         if state == State::SynRecv {
             // Its end will be that of a request.
-            let request = Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0, unseen: false };
+            let request =
+                Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0, heard: false, unseen: false };
             self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
@@ -457,8 +467,12 @@ impl Lives {
             let expired =
                 living.life.state() == State::TimeWait && now.saturating_sub(living.life.since()) >= TIME_WAIT;
             let known = Known { cause: expired.then_some(Cause::Expired), ..Known::default() };
+            let flow = (living.life.state() == State::SynRecv).then(|| key(&living.id.flow));
             living.see(now, State::Close, Evidence::SockDiag, &known, tell);
             self.bury(cookie, tell);
+            if let Some(flow) = flow {
+                self.requests.remove(&flow);
+            }
         }
     }
 
@@ -755,6 +769,11 @@ mod tests {
             });
         }
         assert_eq!(lives.take_gaps(), 1);
+        // Two sockets of one request: one is thrown away, and it was told of.
+        let two = [changed(102, 30, Listen, SynRecv), changed(103, 30, Listen, SynRecv), stopped(30)];
+        hear(&mut lives, &[event(0, 29, flow(true, 40_000), Kind::Requested)]);
+        hear(&mut lives, &two);
+        assert_eq!(lives.take_gaps(), 0);
         let unknown = [(SynRecv, Evidence::Inferred, None), (Established, Evidence::Tracepoint, None)];
         assert_eq!(steps, unknown, "since when it was there, nobody knows");
     }

@@ -1,16 +1,17 @@
 //! The thread that hears what the kernel announces, and tells whole lives by it: from the first SYN to the end of
 //! TIME_WAIT, whether or not anybody accepted, and after close(2) as before.
 
+use std::collections::HashSet;
 use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::tally::{self, Ages, Tally};
 use super::{Departed, GATHER, Shared};
-use crate::kernel::tracepoints::{Alarm, Event, Tracepoints};
+use crate::kernel::tracepoints::{Alarm, Event, Kind, Tracepoints};
 use crate::kernel::{Table, TableError, Wanted, clock};
 use crate::lives::audit::{self, Audit};
 use crate::lives::{KnownLosses, Lives, Said};
@@ -133,12 +134,26 @@ impl Witness {
         }
         let mut events: Vec<Event> = Vec::new();
         self.tracepoints.drain(|event| events.push(*event));
-        for row in rows.iter().filter(|row| row.is_minisocket() && row.state == State::FinWait2) {
-            if let Some(cookie) = row.cookie
-                && let Err(error) = self.tracepoints.know_orphan(cookie)
-            {
+        // The program must know of minisockets in FIN_WAIT2, and only of those that still are.
+        let orphans = rows.iter().filter(|row| row.is_minisocket() && row.state == State::FinWait2);
+        let mut orphans: Vec<u64> = orphans.filter_map(|row| row.cookie).collect();
+        let moved = move_on(&events);
+        orphans.retain(|cookie| !moved.contains(cookie));
+        for cookie in &orphans {
+            if let Err(error) = self.tracepoints.know_orphan(*cookie) {
                 // One count in FIN_WAIT2 will be one in TIME_WAIT.
                 self.failed(&error);
+            }
+        }
+        if !orphans.is_empty() {
+            // Who went on before the program knew is unknown to it by now; who did after that, it has forgotten itself.
+            let heard = events.len();
+            self.tracepoints.drain(|event| events.push(*event));
+            let moved = move_on(&events[heard..]);
+            for cookie in orphans.iter().filter(|cookie| moved.contains(cookie)) {
+                if let Err(error) = self.tracepoints.forget_orphan(*cookie) {
+                    self.failed(&error);
+                }
             }
         }
         self.ears.tally.begin(tally::before(&self.scope, era, &rows, &events), self.tracepoints.counts());
@@ -151,7 +166,11 @@ impl Witness {
         Ok(())
     }
 
-    pub(super) async fn run(mut self, mut inbox: mpsc::Receiver<Departed>) {
+    pub(super) async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Departed>,
+        mut last: mpsc::Receiver<oneshot::Sender<()>>,
+    ) {
         let alarm = match self.tracepoints.alarm() {
             Ok(alarm) => Some(alarm),
             Err(error) => {
@@ -161,9 +180,17 @@ impl Witness {
         };
         let mut departed = Vec::new();
         loop {
-            let open = self.wait(&mut inbox, &mut departed, alarm.as_ref()).await;
+            let open = tokio::select! {
+                open = self.wait(&mut inbox, &mut departed, alarm.as_ref()) => open,
+                Some(asked) = last.recv() => {
+                    self.last_look().await;
+                    // Whoever asked may have gone.
+                    let _ = asked.send(());
+                    true
+                }
+            };
             if !open && departed.is_empty() {
-                return self.last_look().await;
+                return;
             }
             self.round(&mut departed);
             tokio::time::sleep(GATHER).await;
@@ -175,12 +202,16 @@ impl Witness {
         if !self.tracepoints.tells_of_timers() {
             return;
         }
-        self.hold_against_the_table();
-        if self.audit.is_some() {
-            tokio::time::sleep(self.next_audit.saturating_sub(clock::monotonic())).await;
+        self.hear();
+        self.begin_again |= self.check_for_losses();
+        if !self.begin_again {
             self.hold_against_the_table();
+            if self.audit.is_some() {
+                tokio::time::sleep(self.next_audit.saturating_sub(clock::monotonic())).await;
+                self.hold_against_the_table();
+            }
         }
-        if self.begin_again {
+        if std::mem::take(&mut self.begin_again) {
             self.look_again();
         }
     }
@@ -243,7 +274,7 @@ impl Witness {
         if now >= self.next_check {
             self.next_check = now + CHECK;
             self.look_up_orphans();
-            if self.tracepoints.tells_of_timers() && now >= self.next_audit {
+            if self.tracepoints.tells_of_timers() && now >= self.next_audit && !self.begin_again {
                 self.hold_against_the_table();
             }
             // Where no timer tells of them, the ends of TIME_WAITs and of handshakes show in the table only.
@@ -311,7 +342,7 @@ impl Witness {
         let gaps = self.lives.take_gaps();
         if lost {
             self.lives.forget_requests();
-        } else if gaps > 0 {
+        } else if gaps > 0 && !self.begin_again {
             // What others say is missing, and nobody knew.
             self.losses.went_unheard(gaps, &self.ears.metrics);
         }
@@ -372,4 +403,10 @@ impl Witness {
             tracing::warn!(%error, times, "cannot read the kernel's socket table; will look again");
         }
     }
+}
+
+/// The minisockets whose clock was started or stopped.
+fn move_on(events: &[Event]) -> HashSet<u64> {
+    let clocks = events.iter().filter(|event| matches!(event.kind, Kind::Armed(_) | Kind::Disarmed { .. }));
+    clocks.map(|event| event.cookie).collect()
 }

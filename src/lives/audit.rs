@@ -138,12 +138,14 @@ impl Lives {
     /// Forgets handshakes that began before `asked` and are not among those that the table shows, for the second time: a dump
     /// may leave somebody out. Returns how many there were; nobody would ever tell of their end.
     fn forget_left_over(&mut self, asked: Duration, shown: &HashSet<Flow>) -> u64 {
-        let before = self.requests.len();
+        let mut unheard = 0;
         self.requests.retain(|flow, request| {
             let unseen = request.at < asked && request.stopped.is_none() && !shown.contains(flow);
-            !(std::mem::replace(&mut request.unseen, unseen) && unseen)
+            let left_over = std::mem::replace(&mut request.unseen, unseen) && unseen;
+            unheard += u64::from(left_over && request.heard);
+            !left_over
         });
-        (before - self.requests.len()) as u64
+        unheard
     }
 
     /// Whoever is in a state that is told, and not about to leave it.

@@ -28,6 +28,7 @@ enum { BPF_ANY = 0 };
 
 /* include/net/tcp_states.h */
 enum {
+	TCP_SYN_SENT = 2,
 	TCP_SYN_RECV = 3,
 	TCP_FIN_WAIT2 = 5,
 	TCP_TIME_WAIT = 6,

@@ -368,6 +368,9 @@ static __always_inline int changed(__u64 *ctx)
 	if (!e)
 		return 0;
 	name(e, tp);
+	/* A socket that has been connected before keeps its old port here until it has another one. */
+	if (to == TCP_SYN_SENT)
+		e->local_port = sk->__sk_common.skc_num;
 	e->from = from;
 	e->to = to;
 	e->error = sk->sk_err;
