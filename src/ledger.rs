@@ -18,7 +18,7 @@ pub use selection::{Order, Selection};
 
 const SHARDS: usize = 16;
 
-/// How many ended lives are kept.
+/// How many ended lives of each role are kept.
 pub const KEPT: usize = 1000;
 
 /// The states of one life in 8 bytes each: a life has few, but there are many lives.
@@ -133,7 +133,8 @@ type Living = ByCookie<Box<Life>>;
 /// All lives of this process's connections.
 pub struct Ledger {
     living: Vec<Mutex<Living>>,
-    ended: Mutex<VecDeque<Life>>,
+    /// By role: many of one end at once, as when a reading finds TIME_WAITs gone, must not push out the other ends.
+    ended: [Mutex<VecDeque<Life>>; 2],
     /// Whether a server's and a client's end were ever entered: only then can both ends of a connection be here.
     roles: [AtomicBool; 2],
 }
@@ -142,7 +143,7 @@ impl Default for Ledger {
     fn default() -> Ledger {
         Ledger {
             living: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            ended: Mutex::new(VecDeque::with_capacity(KEPT)),
+            ended: Role::ALL.map(|_| Mutex::new(VecDeque::with_capacity(KEPT))),
             roles: [AtomicBool::new(false), AtomicBool::new(false)],
         }
     }
@@ -181,8 +182,10 @@ impl Ledger {
             return;
         }
         // Its end was seen on the descriptor, a moment ago: it is among the last that ended.
-        if let Some(life) = lock(&self.ended).iter_mut().rev().find(|life| life.cookie == cookie) {
-            life.reason = Some(reason);
+        for ended in &self.ended {
+            if let Some(life) = lock(ended).iter_mut().rev().find(|life| life.cookie == cookie) {
+                life.reason = Some(reason);
+            }
         }
     }
 
@@ -230,7 +233,8 @@ impl Ledger {
             let seen = |s: Taken| s.to == state && s.evidence != Evidence::Inferred && s.step == Step::Arrow;
             (life.opened, life.steps().any(seen))
         };
-        let ended = || lock(&self.ended).iter().rev().find(is_other).map(answer);
+        let others = &self.ended[1 - id.role as usize];
+        let ended = || lock(others).iter().rev().find(is_other).map(answer);
         let living = || {
             let of =
                 |shard: &Mutex<Living>| lock(shard).values().map(|life| &**life).filter(is_other).map(answer).max();
@@ -272,7 +276,7 @@ impl Ledger {
     }
 
     fn keep(&self, life: Life) {
-        let mut ended = lock(&self.ended);
+        let mut ended = lock(&self.ended[life.role as usize]);
         if ended.len() == KEPT {
             ended.pop_front();
         }
@@ -357,6 +361,11 @@ mod tests {
         assert!(ledger.other_end_entered(&client(1), State::CloseWait));
         earlier.observe(at(3), State::Close, Evidence::TcpInfo).iter().for_each(|t| ledger.steps(&server(2), [t]));
         assert!(ledger.other_end_entered(&client(1), State::CloseWait), "also when it has ended");
+        for cookie in 0..KEPT as u64 + 10 {
+            ledger.open(&id(1000 + cookie), State::Close, at(3));
+            ledger.lose(1000 + cookie);
+        }
+        assert!(ledger.other_end_entered(&client(1), State::CloseWait), "however many clients have ended since");
         ledger.open(&client(3), State::Close, at(4));
         ledger.open(&server(4), State::Listen, at(5));
         assert!(!ledger.other_end_entered(&client(3), State::CloseWait), "that was the connection before");

@@ -105,7 +105,9 @@ impl Ledger {
     #[must_use]
     pub fn both_ends(&self, cookie: u64) -> Option<(Life, Option<Life>)> {
         let living = self.shard(cookie).get(&cookie).map(|life| Life::clone(life));
-        let this = living.or_else(|| lock(&self.ended).iter().rev().find(|life| life.cookie == cookie).cloned())?;
+        let this = living.or_else(|| {
+            self.ended.iter().find_map(|ended| lock(ended).iter().rev().find(|life| life.cookie == cookie).cloned())
+        })?;
         let flow = this.flow();
         let mirrored = Flow { local: flow.peer, peer: flow.local };
         let (mut clients, mut servers): (Vec<Life>, Vec<Life>) = Default::default();
@@ -139,7 +141,9 @@ impl Ledger {
         for shard in &self.living {
             lock(shard).values().for_each(|life| told(life));
         }
-        lock(&self.ended).iter().for_each(told);
+        for ended in &self.ended {
+            lock(ended).iter().for_each(&mut told);
+        }
     }
 }
 
