@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use echoscope::kernel::{Table, sockopt};
 use echoscope::tcp::Flow;
-use support::{Goal, Kept, Line, Spread, await_listener, chart, get, installed, print, resident};
+use support::{Goal, Kept, Line, Spread, await_listener, chart, get, installed, print, resident, until};
 
 const PORT: u16 = 17007;
 const WEB: &str = "127.0.0.1:19907";
@@ -296,15 +296,10 @@ fn follower() -> (f64, f64, f64) {
     await_listener(19908);
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
     // A thread names itself, and may not have come to that yet.
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let task = loop {
+    let task = until("follower", || {
         let mut tasks = std::fs::read_dir(format!("/proc/{}/task", pair.pid())).expect("tasks").flatten();
-        if let Some(task) = tasks.find(|task| read(task.path().join("comm")).trim() == "afterlife") {
-            break task;
-        }
-        assert!(Instant::now() < deadline, "no thread is the follower");
-        std::thread::sleep(Duration::from_millis(1));
-    };
+        tasks.find(|task| read(task.path().join("comm")).trim() == "afterlife")
+    });
     let cpu = || {
         let stat = read(task.path().join("schedstat"));
         stat.split(' ').next().and_then(|ns| ns.parse::<f64>().ok()).expect("schedstat") / 1e9

@@ -168,13 +168,8 @@ async fn run_roles(
     duration.abort();
     metrics.drain_duration.set(began.elapsed().as_secs_f64());
 
-    // What the kernel still keeps. A table that cannot be read must not hold up the end, and somebody who insists need
-    // not wait.
-    tokio::select! {
-        () = afterlife.all_seen() => {}
-        () = tokio::time::sleep(Duration::from_secs(5)) => {}
-        () = stop.was_cut() => {}
-    }
+    // What the kernel still keeps.
+    patiently(&stop, afterlife.all_seen()).await;
     match &summarize {
         Some((stats, _)) if draining.has_begun() => {
             tell(Role::Client, stats.verdict(), drain, began, &journal);
@@ -195,11 +190,7 @@ async fn run_roles(
             () = stop.begun() => {}
         }
     }
-    tokio::select! {
-        () = afterlife.last_look() => {}
-        () = tokio::time::sleep(Duration::from_secs(5)) => {}
-        () = stop.was_cut() => {}
-    }
+    patiently(&stop, afterlife.last_look()).await;
     if let Some((stats, output)) = summarize {
         let summary = Summary::of(&stats, &journal);
         let mut out = std::io::stdout().lock();
@@ -299,6 +290,15 @@ async fn show_duration(metrics: Arc<Metrics>, began: Instant) {
     loop {
         metrics.drain_duration.set(began.elapsed().as_secs_f64());
         tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+}
+
+/// Waits for the observer: a table that cannot be read must not hold up the end, and somebody who insists need not wait.
+async fn patiently(stop: &Stop, observer: impl Future<Output = ()>) {
+    tokio::select! {
+        () = observer => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => {}
+        () = stop.was_cut() => {}
     }
 }
 

@@ -7,12 +7,14 @@ pub(crate) mod audit;
 mod losses;
 mod meaning;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::kernel::tracepoints::{Event, Kind};
 use crate::kernel::{Row, TIME_WAIT};
-use crate::tcp::{ByCookie, Cause, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions};
+use crate::tcp::{
+    ByCookie, Cause, Cookies, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions,
+};
 pub(crate) use losses::KnownLosses;
 use meaning::{ABORT_ON_DATA, Meaning};
 
@@ -103,6 +105,12 @@ struct Request {
     unseen: bool,
 }
 
+impl Request {
+    fn new(at: Duration, cookie: Option<u64>, heard: bool) -> Request {
+        Request { at, cookie, stopped: None, retransmits: 0, heard, unseen: false }
+    }
+}
+
 impl Lives {
     /// Nobody. With `timers`, minisockets and requests are told of by events.
     pub(crate) fn new(which: Which, timers: bool) -> Lives {
@@ -144,8 +152,7 @@ impl Lives {
             }
             Kind::Requested => {
                 let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
-                let request =
-                    Request { at: event.at, cookie: life, stopped: None, retransmits: 0, heard: true, unseen: false };
+                let request = Request::new(event.at, life, true);
                 let known = self.requests.entry(key(&event.flow)).or_insert(request);
                 // A clock that starts anew was stopped before; otherwise this is another handshake, and the end of the one
                 // before it went unheard.
@@ -154,10 +161,11 @@ impl Lives {
                 }
             }
             Kind::Unrequested { expired } => {
-                if let Some(request) = self.requests.get_mut(&key(&event.flow)) {
+                let flow = key(&event.flow);
+                if let Some(request) = self.requests.get_mut(&flow) {
                     request.stopped = Some((event.at, expired));
-                    self.stopped.push(key(&event.flow));
-                } else if let Some(i) = self.completed.iter().position(|(flow, ..)| *flow == key(&event.flow)) {
+                    self.stopped.push(flow);
+                } else if let Some(i) = self.completed.iter().position(|(other, ..)| *other == flow) {
                     // It had a request.
                     let (_, _, told) = self.completed.swap_remove(i);
                     self.gaps += u64::from(!told);
@@ -241,15 +249,16 @@ impl Lives {
 
     /// The third segment is in: a socket is made of the request.
     fn completes(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
-        let request = self.requests.remove(&key(&event.flow));
+        let flow = key(&event.flow);
+        let request = self.requests.remove(&flow);
         if self.living.contains_key(&event.cookie) {
             return;
         }
         let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         if self.timers {
-            // Two segments at once may make two sockets of one request, of which one is thrown away (inet_csk_complete_hashdance).
-            let flow = key(&event.flow);
+            // Two segments at once may make two sockets of one request, of which one is thrown away
+            // (inet_csk_complete_hashdance).
             if self.completed.len() >= 64 {
                 self.completed.retain(|(_, at, _)| event.at.saturating_sub(*at) < SETTLED);
             }
@@ -295,7 +304,7 @@ impl Lives {
     }
 
     /// How many events are missing by what others say, since this was asked last.
-    pub(crate) fn take_gaps(&mut self) -> u64 {
+    fn take_gaps(&mut self) -> u64 {
         std::mem::take(&mut self.gaps)
     }
 
@@ -430,8 +439,7 @@ impl Lives {
         }
         if state == State::SynRecv {
             // Its end will be that of a request.
-            let request =
-                Request { at: now, cookie: Some(cookie), stopped: None, retransmits: 0, heard: false, unseen: false };
+            let request = Request::new(now, Some(cookie), false);
             self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
@@ -503,12 +511,11 @@ impl Lives {
         // What only adds to a state does not tell where anybody is.
         let moves =
             |event: &&&Event| matches!(event.kind, Kind::Changed { .. } | Kind::Armed(_) | Kind::Disarmed { .. });
-        let newer: HashSet<u64, foldhash::fast::RandomState> =
-            newer.iter().filter(moves).map(|event| event.cookie).collect();
+        let newer: Cookies = newer.iter().filter(moves).map(|event| event.cookie).collect();
         let mut open: Vec<&Row> = rows.iter().filter(|row| row.state != State::Close && row.cookie.is_some()).collect();
         // The oldest TIME_WAIT first: so that they are entered in their order.
         open.sort_by_key(|row| row.expires);
-        let shown: HashSet<u64, foldhash::fast::RandomState> = open.iter().filter_map(|row| row.cookie).collect();
+        let shown: Cookies = open.iter().filter_map(|row| row.cookie).collect();
         for row in open.iter().filter(|row| row.cookie.is_some_and(|cookie| !newer.contains(&cookie))) {
             self.found(row, now, tell);
         }
@@ -546,7 +553,7 @@ impl Lives {
     }
 
     /// Forgets handshakes of which nobody would tell any more: events were lost. Who has a life is looked up.
-    pub(crate) fn forget_requests(&mut self) {
+    fn forget_requests(&mut self) {
         let living = &self.living;
         self.requests.retain(|_, request| request.cookie.is_some_and(|cookie| living.contains_key(&cookie)));
         self.stopped.retain(|flow| self.requests.contains_key(flow));

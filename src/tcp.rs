@@ -9,7 +9,7 @@ mod cause;
 mod evidence;
 mod lifecycle;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -22,6 +22,9 @@ pub use lifecycle::{Known, Lifecycle, Step, Transition, Transitions};
 /// What is known of each socket, by its cookie (SO_COOKIE): a number that the kernel counts up, which nobody can choose to
 /// collide with others, so that a quick hash will do.
 pub type ByCookie<T> = HashMap<u64, T, foldhash::fast::RandomState>;
+
+/// Cookies, hashed as in [`ByCookie`].
+pub type Cookies = HashSet<u64, foldhash::fast::RandomState>;
 
 /// A TCP state, with the kernel's own number (`include/net/tcp_states.h`; RFC 9293 section 3.3.2 for the meaning).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -31,13 +31,21 @@ impl Drop for Kept {
     }
 }
 
-/// Waits until somebody listens on this port of 127.0.0.1.
-pub fn await_listener(port: u16) {
+/// Waits, ten seconds at most, until there is `what`.
+pub fn until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(10);
-    while TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(Instant::now() < deadline, "nobody listens on {port}");
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "there is no {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Waits until somebody listens on this port of 127.0.0.1.
+pub fn await_listener(port: u16) {
+    until(&format!("listener on {port}"), || TcpStream::connect(("127.0.0.1", port)).ok());
 }
 
 /// The body of a GET.

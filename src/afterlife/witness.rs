@@ -1,8 +1,6 @@
 //! The thread that hears what the kernel announces, and tells whole lives by it: from the first SYN to the end of
 //! TIME_WAIT, whether or not anybody accepted, and after close(2) as before.
 
-use std::collections::HashSet;
-use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,13 +10,13 @@ use tokio::sync::{mpsc, oneshot};
 use super::tally::{self, Ages, Tally};
 use super::{Departed, GATHER, Shared};
 use crate::kernel::tracepoints::{Alarm, Event, Kind, Tracepoints};
-use crate::kernel::{Table, TableError, Wanted, clock};
-use crate::lives::audit::{self, Audit};
+use crate::kernel::{Row, Table, TableError, Wanted, clock};
+use crate::lives::audit::{self, Audit, Doubts};
 use crate::lives::{KnownLosses, Lives, Said};
 use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
-use crate::tcp::{Identity, State, StateSet};
+use crate::tcp::{Cookies, Identity, State, StateSet};
 
 /// How often losses are looked for.
 const CHECK: Duration = Duration::from_millis(100);
@@ -47,8 +45,9 @@ pub(super) struct Witness {
     next_check: Duration,
     next_names: Duration,
     next_rest: Duration,
-    /// Who seems to be elsewhere than was announced, to be looked at again when it is due.
-    audit: Option<Audit>,
+    /// Who seems to be elsewhere than was announced.
+    doubts: Option<Doubts>,
+    /// When everybody, or they, are to be looked at again.
     next_audit: Duration,
     warned: OnceAMinute,
 }
@@ -112,7 +111,7 @@ impl Witness {
             next_check: Duration::ZERO,
             next_names: Duration::ZERO,
             next_rest: Duration::ZERO,
-            audit: None,
+            doubts: None,
             next_audit: audit::next(clock::monotonic(), Duration::ZERO),
             warned: OnceAMinute::default(),
         };
@@ -134,28 +133,7 @@ impl Witness {
         }
         let mut events: Vec<Event> = Vec::new();
         self.tracepoints.drain(|event| events.push(*event));
-        // The program must know of minisockets in FIN_WAIT2, and only of those that still are.
-        let orphans = rows.iter().filter(|row| row.is_minisocket() && row.state == State::FinWait2);
-        let mut orphans: Vec<u64> = orphans.filter_map(|row| row.cookie).collect();
-        let moved = move_on(&events);
-        orphans.retain(|cookie| !moved.contains(cookie));
-        for cookie in &orphans {
-            if let Err(error) = self.tracepoints.know_orphan(*cookie) {
-                // One count in FIN_WAIT2 will be one in TIME_WAIT.
-                self.failed(&error);
-            }
-        }
-        if !orphans.is_empty() {
-            // Who went on before the program knew is unknown to it by now; who did after that, it has forgotten itself.
-            let heard = events.len();
-            self.tracepoints.drain(|event| events.push(*event));
-            let moved = move_on(&events[heard..]);
-            for cookie in orphans.iter().filter(|cookie| moved.contains(cookie)) {
-                if let Err(error) = self.tracepoints.forget_orphan(*cookie) {
-                    self.failed(&error);
-                }
-            }
-        }
+        self.know_orphans(&rows, &mut events);
         self.ears.tally.begin(tally::before(&self.scope, era, &rows, &events), self.tracepoints.counts());
         let (ears, table) = (&mut self.ears, &mut self.table);
         let find = |id: &Identity| table.find(&id.flow, id.cookie);
@@ -164,6 +142,32 @@ impl Witness {
         self.publish();
         self.ears.metrics.duration.observe(began.elapsed().as_secs_f64());
         Ok(())
+    }
+
+    /// The program must know of minisockets in FIN_WAIT2, and only of those that still are.
+    fn know_orphans(&mut self, rows: &[Row], events: &mut Vec<Event>) {
+        let orphans = rows.iter().filter(|row| row.is_minisocket() && row.state == State::FinWait2);
+        let mut orphans: Vec<u64> = orphans.filter_map(|row| row.cookie).collect();
+        if orphans.is_empty() {
+            return;
+        }
+        let moved = move_on(events);
+        orphans.retain(|cookie| !moved.contains(cookie));
+        for cookie in &orphans {
+            if let Err(error) = self.tracepoints.know_orphan(*cookie) {
+                // One count in FIN_WAIT2 will be one in TIME_WAIT.
+                self.failed(&error);
+            }
+        }
+        // Who went on before the program knew is unknown to it by now; who did after that, it has forgotten itself.
+        let heard = events.len();
+        self.tracepoints.drain(|event| events.push(*event));
+        let moved = move_on(&events[heard..]);
+        for cookie in orphans.iter().filter(|cookie| moved.contains(cookie)) {
+            if let Err(error) = self.tracepoints.forget_orphan(*cookie) {
+                self.failed(&error);
+            }
+        }
     }
 
     pub(super) async fn run(
@@ -205,9 +209,12 @@ impl Witness {
         self.hear();
         self.begin_again |= self.check_for_losses();
         if !self.begin_again {
-            self.hold_against_the_table();
-            if self.audit.is_some() {
-                tokio::time::sleep(self.next_audit.saturating_sub(clock::monotonic())).await;
+            if self.doubts.is_none() {
+                self.hold_against_the_table();
+            }
+            // An event may still be on its way.
+            if let Some(doubts) = &self.doubts {
+                tokio::time::sleep(doubts.due.saturating_sub(clock::monotonic())).await;
                 self.hold_against_the_table();
             }
         }
@@ -224,20 +231,13 @@ impl Witness {
         alarm: Option<&Alarm>,
     ) -> bool {
         const BATCH: usize = 4096;
-        let rest = (!self.tracepoints.tells_of_timers()).then_some(REST).into_iter();
-        // Losses, and orphans, show although nothing else does.
-        let rest = rest.chain(self.lives.each().next().is_some().then_some(CHECK));
-        // Nobody may be known to be alive because nobody was announced.
         let now = clock::monotonic();
-        let rest =
-            rest.chain(self.tracepoints.tells_of_timers().then(|| self.next_audit.saturating_sub(now).max(CHECK)));
-        let next = self.lives.next(now).into_iter().chain(rest).min();
-        let asleep = async {
-            match next {
-                Some(pause) => tokio::time::sleep(pause).await,
-                None => pending().await,
-            }
-        };
+        // Losses, and orphans, show although nothing else does.
+        let check = self.lives.each().next().is_some().then_some(CHECK);
+        // Nobody may be known to be alive because nobody was announced.
+        let audit = self.next_audit.saturating_sub(now).max(CHECK);
+        let rest = if self.tracepoints.tells_of_timers() { audit } else { REST };
+        let pause = self.lives.next(now).into_iter().chain(check).fold(rest, Duration::min);
         let heard = async {
             if let Some(alarm) = alarm {
                 drop(alarm.rings().await);
@@ -246,7 +246,7 @@ impl Witness {
         tokio::select! {
             count = inbox.recv_many(departed, BATCH) => count > 0,
             () = heard => true,
-            () = asleep => true,
+            () = tokio::time::sleep(pause) => true,
         }
     }
 
@@ -301,34 +301,34 @@ impl Witness {
     /// What was not announced, and is not known to be lost, shows in the table.
     fn hold_against_the_table(&mut self) {
         let began = clock::monotonic();
-        let doubtful = self.compare(began).unwrap_or_else(|error| {
+        let held = match self.doubts.take() {
+            None => self.compare(began),
+            Some(doubts) => self.resolve(doubts),
+        };
+        if let Err(error) = held {
             self.failed(&error);
-            None
-        });
+        }
         let now = clock::monotonic();
-        self.next_audit = doubtful.unwrap_or_else(|| audit::next(now, now.saturating_sub(began)));
+        let next = || audit::next(now, now.saturating_sub(began));
+        self.next_audit = self.doubts.as_ref().map_or_else(next, |doubts| doubts.due);
     }
 
-    /// Compares everybody with the table, or once more those who seemed to be elsewhere. Returns when these are to be looked at
-    /// again, if there are any.
-    fn compare(&mut self, now: Duration) -> Result<Option<Duration>, TableError> {
-        let Some(mut doubts) = self.audit.take() else {
-            let (mut audit, lives) = (Audit::begin(now), &self.lives);
-            self.table.each(&self.all, |row| audit.row(row, lives))?;
-            self.hear();
-            let again = audit.reading_ends(&mut self.lives, clock::monotonic());
-            self.audit = again.map(|_| audit);
-            return Ok(again);
-        };
-        let table = &mut self.table;
-        doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
+    /// Compares everybody with the table.
+    fn compare(&mut self, now: Duration) -> Result<(), TableError> {
+        let (mut audit, lives) = (Audit::begin(now), &self.lives);
+        self.table.each(&self.all, |row| audit.row(row, lives))?;
         self.hear();
-        let unheard = doubts.verdict(&self.lives);
-        if unheard > 0 {
-            self.losses.went_unheard(unheard, &self.ears.metrics);
-            self.begin_again = true;
-        }
-        Ok(None)
+        self.doubts = audit.ends(&mut self.lives, clock::monotonic());
+        Ok(())
+    }
+
+    /// Looks once more at those who seemed to be elsewhere.
+    fn resolve(&mut self, doubts: Doubts) -> Result<(), TableError> {
+        let table = &mut self.table;
+        let looked_up = doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
+        self.hear();
+        self.begin_again |= self.losses.found(&looked_up, &self.lives, &self.ears.metrics);
+        Ok(())
     }
 
     fn publish(&mut self) {
@@ -338,15 +338,7 @@ impl Witness {
 
     /// After a loss everybody is looked for in the table, and counted anew.
     fn check_for_losses(&mut self) -> bool {
-        let lost = self.losses.have_grown(&self.tracepoints, &self.ears.metrics);
-        let gaps = self.lives.take_gaps();
-        if lost {
-            self.lives.forget_requests();
-        } else if gaps > 0 && !self.begin_again {
-            // What others say is missing, and nobody knew.
-            self.losses.went_unheard(gaps, &self.ears.metrics);
-        }
-        lost || gaps > 0
+        self.losses.look(&self.tracepoints, &mut self.lives, self.begin_again, &self.ears.metrics)
     }
 
     /// A minisocket that goes from FIN_WAIT2 to TIME_WAIT keeps its timer, and is not always announced.
@@ -406,7 +398,7 @@ impl Witness {
 }
 
 /// The minisockets whose clock was started or stopped.
-fn move_on(events: &[Event]) -> HashSet<u64> {
+fn move_on(events: &[Event]) -> Cookies {
     let clocks = events.iter().filter(|event| matches!(event.kind, Kind::Armed(_) | Kind::Disarmed { .. }));
     clocks.map(|event| event.cookie).collect()
 }

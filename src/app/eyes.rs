@@ -9,7 +9,7 @@ use crate::afterlife::Afterlife;
 use crate::census::Census;
 use crate::config::Common;
 use crate::journal::Journal;
-use crate::kernel::tracepoints::{MOST_SERVICES, TraceError};
+use crate::kernel::tracepoints::TraceError;
 use crate::kernel::{Observer, Table, Tracepoints, WhyNot, capabilities};
 use crate::metrics::Metrics;
 use crate::scope::Scope;
@@ -64,11 +64,12 @@ pub(super) fn observe(
     let table = open_table(common.observer)?;
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
-    let services = scope.services().len();
     let kernel = match kernel {
-        Announcements::Here { .. } if common.observer.is_none() && services > MOST_SERVICES => {
-            let (what, why) = ("services to count".to_owned(), format!("{services} of at most {MOST_SERVICES}"));
-            Announcements::Refused(TraceError::Refused { what, why })
+        Announcements::Here { mut tracepoints, gave_up } if common.observer.is_none() => {
+            match tracepoints.tell_of(scope.services()) {
+                Ok(_) => Announcements::Here { tracepoints, gave_up },
+                Err(error) => Announcements::Refused(error),
+            }
         }
         as_it_is => as_it_is,
     };

@@ -40,7 +40,7 @@ const SERVICES: usize = 8192;
 const ERAS: usize = 8;
 
 /// How many services can be told of.
-pub const MOST_SERVICES: usize = SERVICES / ERAS;
+const MOST_SERVICES: usize = SERVICES / ERAS;
 
 /// How many events the ring has room for, about.
 const RING: usize = 100_000;
@@ -128,18 +128,18 @@ impl Tracepoints {
             .override_global("everything", &u8::from(everything), true)
             .load(PROGRAM)
             .map_err(|error| TraceError::refused("load the program for tracepoints", &error))?;
+        let mut attaching = Attaching { programs: &mut programs, types: &types, attached: Attached::default() };
         // Timers first: a minisocket that is told of by its timer is then never missed by the socket's own end.
-        let mut attached = Attached::default();
-        let timers =
-            TIMERS.iter().try_for_each(|name| attached.once(&mut programs, name, &format!("on_{name}"), &types));
-        attached.twice(&mut programs, "inet_sock_set_state", "on_set_state", &types)?;
-        attached.once(&mut programs, "tcp_receive_reset", "on_receive_reset", &types)?;
+        let timers = TIMERS.iter().try_for_each(|name| attaching.once(name, &format!("on_{name}")));
+        attaching.twice("inet_sock_set_state", "on_set_state")?;
+        attaching.once("tcp_receive_reset", "on_receive_reset")?;
         // Before Linux 6.10 it does not say why; without it, a RST that answers late data passes for one that came in.
-        let resets = attached.once(&mut programs, "tcp_send_reset", "on_send_reset", &types);
-        let retransmits = attached
-            .once(&mut programs, "tcp_retransmit_skb", "on_retransmit_skb", &types)
-            .or_else(|_| attached.once(&mut programs, "tcp_retransmit_skb", "on_retransmit_skb_older", &types))
-            .and_then(|()| attached.once(&mut programs, "tcp_retransmit_synack", "on_retransmit_synack", &types));
+        let resets = attaching.once("tcp_send_reset", "on_send_reset");
+        let retransmits = attaching
+            .once("tcp_retransmit_skb", "on_retransmit_skb")
+            .or_else(|_| attaching.once("tcp_retransmit_skb", "on_retransmit_skb_older"))
+            .and_then(|()| attaching.once("tcp_retransmit_synack", "on_retransmit_synack"));
+        let attached = attaching.attached;
         let ring = RingBuf::try_from(take(&mut programs, "events")?);
         let services = HashMap::try_from(take(&mut programs, "services")?);
         let orphans = HashMap::try_from(take(&mut programs, "orphans")?);
@@ -341,58 +341,43 @@ impl Watched {
     }
 }
 
-impl Attached {
+/// Attaches one program after the other.
+struct Attaching<'a> {
+    programs: &'a mut Ebpf,
+    types: &'a Btf,
+    attached: Attached,
+}
+
+impl Attaching<'_> {
     /// Attaches the two programs of a tracepoint, in this order: the second one does what passed the first one by.
-    fn twice(
-        &mut self,
-        programs: &mut Ebpf,
-        tracepoint: &'static str,
-        name: &str,
-        types: &Btf,
-    ) -> Result<(), TraceError> {
-        self.once(programs, tracepoint, name, types)?;
+    fn twice(&mut self, tracepoint: &str, name: &str) -> Result<(), TraceError> {
+        self.once(tracepoint, name)?;
         // What passes this one by, the first one has done.
-        let again = program(programs, tracepoint, &format!("{name}_again"))?;
-        again.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
-        self.links.push(attach(again, tracepoint)?);
-        Ok(())
+        self.attach(tracepoint, &format!("{name}_again")).map(drop)
     }
 
-    /// Loads and attaches one program.
-    fn once(
-        &mut self,
-        programs: &mut Ebpf,
-        tracepoint: &'static str,
-        name: &str,
-        types: &Btf,
-    ) -> Result<(), TraceError> {
-        let program = program(programs, tracepoint, name)?;
-        program.load(tracepoint, types).map_err(|e| refused(tracepoint, &e))?;
-        self.links.push(attach(program, tracepoint)?);
-        let program = program.fd().map_err(|e| refused(tracepoint, &e))?.as_fd().try_clone_to_owned();
-        let program = program.map_err(|e| refused(tracepoint, &e))?;
+    /// Attaches a program, and watches its misses.
+    fn once(&mut self, tracepoint: &str, name: &str) -> Result<(), TraceError> {
+        let program = self.attach(tracepoint, name)?;
         let info = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
         let info = File::open(&info).map_err(|error| TraceError::refused(format!("open {info}"), &error))?;
-        self.watched.push(Watched { info, _program: program });
+        self.attached.watched.push(Watched { info, _program: program });
         Ok(())
     }
-}
 
-fn refused(tracepoint: &str, error: &(dyn Error + 'static)) -> TraceError {
-    TraceError::refused(format!("tracepoint {tracepoint}"), error)
-}
-
-fn program<'a>(programs: &'a mut Ebpf, tracepoint: &str, name: &str) -> Result<&'a mut BtfTracePoint, TraceError> {
-    let program = programs.program_mut(name).ok_or_else(|| TraceError::Refused {
-        what: format!("tracepoint {tracepoint}"),
-        why: format!("the program has no {name}"),
-    })?;
-    program.try_into().map_err(|e: ProgramError| refused(tracepoint, &e))
-}
-
-fn attach(program: &mut BtfTracePoint, tracepoint: &str) -> Result<BtfTracePointLink, TraceError> {
-    let link = program.attach().map_err(|e| refused(tracepoint, &e))?;
-    program.take_link(link).map_err(|e| refused(tracepoint, &e))
+    /// Loads and attaches a program; returns a descriptor of it.
+    fn attach(&mut self, tracepoint: &str, name: &str) -> Result<OwnedFd, TraceError> {
+        let refused = |error: &(dyn Error + 'static)| TraceError::refused(format!("tracepoint {tracepoint}"), error);
+        let program = self.programs.program_mut(name).ok_or_else(|| TraceError::Refused {
+            what: format!("tracepoint {tracepoint}"),
+            why: format!("the program has no {name}"),
+        })?;
+        let program: &mut BtfTracePoint = program.try_into().map_err(|e: ProgramError| refused(&e))?;
+        program.load(tracepoint, self.types).map_err(|e| refused(&e))?;
+        let link = program.attach().map_err(|e| refused(&e))?;
+        self.attached.links.push(program.take_link(link).map_err(|e| refused(&e))?);
+        program.fd().map_err(|e| refused(&e))?.as_fd().try_clone_to_owned().map_err(|e| refused(&e))
+    }
 }
 
 fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {

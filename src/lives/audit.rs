@@ -1,12 +1,12 @@
 //! Lives held against the kernel's table now and then. Whatever was not announced, and is not known to be lost, shows there:
 //! some kernels run no program for what happens while certain processes are at work.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::Duration;
 
 use super::{Lives, key};
 use crate::kernel::Row;
-use crate::tcp::{Flow, Identity, State};
+use crate::tcp::{ByCookie, Cookies, Flow, Identity, State};
 
 /// How often a comparison is made, at least while it takes less than one part in a hundred of the time.
 const EVERY: Duration = Duration::from_secs(10);
@@ -20,37 +20,18 @@ pub(crate) fn next(now: Duration, spent: Duration) -> Duration {
     now + EVERY.max(spent * DUTY)
 }
 
-/// One comparison: a reading, then what was announced until after it, and of whoever is elsewhere then a lookup of his own.
+/// A reading of the table that everybody is compared with.
 pub(crate) struct Audit {
     began: Duration,
-    shown: HashSet<u64, foldhash::fast::RandomState>,
+    shown: Cookies,
     handshakes: HashSet<Flow>,
-    differing: HashMap<u64, Row>,
-    suspects: Vec<Suspect>,
-    looked_up: Vec<(Suspect, Option<Row>)>,
-    /// Handshakes whose end went unheard.
-    left_over: u64,
-}
-
-/// Whom the table shows elsewhere, or not at all, and where he was told to be.
-#[derive(Clone, Copy)]
-struct Suspect {
-    id: Identity,
-    told: Option<(State, Duration)>,
+    differing: ByCookie<Row>,
 }
 
 impl Audit {
-    /// A reading of the table begins.
+    /// The reading begins.
     pub(crate) fn begin(now: Duration) -> Audit {
-        Audit {
-            began: now,
-            shown: HashSet::default(),
-            handshakes: HashSet::new(),
-            differing: HashMap::new(),
-            suspects: vec![],
-            looked_up: vec![],
-            left_over: 0,
-        }
+        Audit { began: now, shown: Cookies::default(), handshakes: HashSet::new(), differing: ByCookie::default() }
     }
 
     /// A row of it.
@@ -66,47 +47,67 @@ impl Audit {
         }
     }
 
-    /// The reading is over, and what was announced until now was heard. Returns when to look again whoever is elsewhere, if
-    /// there is any such.
-    pub(crate) fn reading_ends(&mut self, lives: &mut Lives, now: Duration) -> Option<Duration> {
+    /// The reading is over, and what was announced until now was heard. Returns who is elsewhere, if there is any such.
+    pub(crate) fn ends(self, lives: &mut Lives, now: Duration) -> Option<Doubts> {
         let before = |at: Duration| at < self.began;
-        self.left_over = lives.forget_left_over(self.began, &self.handshakes);
-        for (cookie, row) in std::mem::take(&mut self.differing) {
-            if lives.agrees_with(&row, cookie) {
-                continue;
-            }
-            let told = lives.state(cookie);
-            if told.is_none_or(|(_, since)| before(since))
+        let left_over = lives.forget_left_over(self.began, &self.handshakes);
+        let mut suspects = Vec::new();
+        for (cookie, row) in &self.differing {
+            let told = lives.state(*cookie);
+            if !lives.agrees_with(row, *cookie)
+                && told.is_none_or(|(_, since)| before(since))
                 && let Some((role, port)) = (lives.which)(&row.flow, None)
             {
-                self.suspects.push(Suspect { id: Identity { cookie, role, port, flow: row.flow }, told });
+                suspects.push(Suspect { id: Identity { cookie: *cookie, role, port, flow: row.flow }, told });
             }
         }
         let absent = lives.settled().filter(|(id, _, since)| before(*since) && !self.shown.contains(&id.cookie));
-        self.suspects.extend(absent.map(|(id, state, since)| Suspect { id: *id, told: Some((state, since)) }));
-        self.shown = HashSet::default();
-        (!self.suspects.is_empty() || self.left_over > 0).then_some(now + DOUBT)
+        suspects.extend(absent.map(|(id, state, since)| Suspect { id: *id, told: Some((state, since)) }));
+        (!suspects.is_empty() || left_over > 0).then(|| Doubts { due: now + DOUBT, suspects, left_over })
     }
+}
 
-    /// Looks up who was elsewhere, and still is told to be; after that what was announced is to be heard once more.
+/// Whoever the table showed elsewhere than he was told to be.
+pub(crate) struct Doubts {
+    /// When they are to be looked up.
+    pub(crate) due: Duration,
+    suspects: Vec<Suspect>,
+    /// Handshakes whose end went unheard.
+    left_over: u64,
+}
+
+/// Whom the table shows elsewhere, or not at all, and where he was told to be.
+#[derive(Clone, Copy)]
+struct Suspect {
+    id: Identity,
+    told: Option<(State, Duration)>,
+}
+
+impl Doubts {
+    /// Looks up who still is told to be there; after that what was announced is to be heard once more.
     ///
     /// # Errors
     /// What `find` says.
     pub(crate) fn look_up<E>(
-        &mut self,
+        self,
         lives: &Lives,
         mut find: impl FnMut(&Identity) -> Result<Option<Row>, E>,
-    ) -> Result<(), E> {
-        for suspect in std::mem::take(&mut self.suspects) {
-            if lives.state(suspect.id.cookie) == suspect.told {
-                self.looked_up.push((suspect, find(&suspect.id)?));
-            }
-        }
-        Ok(())
+    ) -> Result<LookedUp, E> {
+        let still = self.suspects.into_iter().filter(|suspect| lives.state(suspect.id.cookie) == suspect.told);
+        let rows = still.map(|suspect| Ok((suspect, find(&suspect.id)?))).collect::<Result<_, E>>()?;
+        Ok(LookedUp { rows, left_over: self.left_over })
     }
+}
 
+/// What lookups say of them.
+pub(crate) struct LookedUp {
+    rows: Vec<(Suspect, Option<Row>)>,
+    left_over: u64,
+}
+
+impl LookedUp {
     /// How many are elsewhere than they were told to be, without a doubt.
-    pub(crate) fn verdict(self, lives: &Lives) -> u64 {
+    pub(crate) fn verdict(&self, lives: &Lives) -> u64 {
         let elsewhere = |(suspect, row): &&(Suspect, Option<Row>)| {
             let cookie = suspect.id.cookie;
             lives.state(cookie) == suspect.told
@@ -115,7 +116,7 @@ impl Audit {
                     None => lives.is_settled(cookie),
                 }
         };
-        self.left_over + self.looked_up.iter().filter(elsewhere).count() as u64
+        self.left_over + self.rows.iter().filter(elsewhere).count() as u64
     }
 }
 
@@ -196,13 +197,10 @@ mod tests {
         for row in rows {
             audit.row(row, lives);
         }
-        if audit.reading_ends(lives, ms(101)).is_none() {
-            return 0;
-        }
+        let Some(doubts) = audit.ends(lives, ms(101)) else { return 0 };
         between(lives);
         let find = |id: &Identity| Ok::<_, ()>(rows.iter().find(|row| row.cookie == Some(id.cookie)).copied());
-        audit.look_up(lives, find).unwrap();
-        audit.verdict(lives)
+        doubts.look_up(lives, find).unwrap().verdict(lives)
     }
 
     fn lives() -> Lives {
@@ -248,7 +246,7 @@ mod tests {
         audit.row(&row(1, Established), &lives);
         client(&mut lives, 1, 101, &[Established, CloseWait, LastAck]);
         client(&mut lives, 2, 101, OPEN);
-        assert_eq!(audit.reading_ends(&mut lives, ms(102)), None);
+        assert!(audit.ends(&mut lives, ms(102)).is_none());
     }
 
     #[test]

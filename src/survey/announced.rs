@@ -10,7 +10,7 @@ use crate::journal;
 use crate::kernel::tracepoints::{Alarm, Kind, Tracepoints};
 use crate::kernel::{Row, Table, TableError, Wanted, clock};
 use crate::live::Live;
-use crate::lives::audit::{self, Audit};
+use crate::lives::audit::{self, Audit, Doubts};
 use crate::lives::{KnownLosses, Lives, Said};
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, Identity, Role, State, StateSet};
@@ -34,10 +34,10 @@ pub(super) struct Announced {
     /// Something was missed, and the reading has not been told so yet.
     unheard: bool,
     next_names: Duration,
-    /// A reading under way that everybody is compared with, or who seemed to be elsewhere in it.
+    /// A reading under way that everybody is compared with.
     audit: Option<Audit>,
-    /// When they are to be looked at again.
-    doubtful: Option<Duration>,
+    /// Who seemed to be elsewhere in the last such one.
+    doubts: Option<Doubts>,
     next_audit: Duration,
 }
 
@@ -80,7 +80,7 @@ impl Announced {
             unheard: false,
             next_names: Duration::ZERO,
             audit: None,
-            doubtful: None,
+            doubts: None,
             next_audit: audit::next(clock::monotonic(), Duration::ZERO),
         }
     }
@@ -93,17 +93,16 @@ impl Announced {
     /// When to listen again although nothing rings.
     pub(super) fn next(&self) -> Option<Duration> {
         let now = clock::monotonic();
-        let doubtful = self.doubtful.map(|at| at.saturating_sub(now));
-        self.lives.next(now).into_iter().chain(doubtful).min()
+        let doubts = self.doubts.as_ref().map(|doubts| doubts.due.saturating_sub(now));
+        self.lives.next(now).into_iter().chain(doubts).min()
     }
 
     /// Takes in what was announced.
     pub(super) fn hear(&mut self, table: &mut Table) -> Result<(), TableError> {
         self.hear_events();
         let now = clock::monotonic();
-        if self.doubtful.is_some_and(|at| now >= at) {
-            self.doubtful = None;
-            self.look_again(table)?;
+        if let Some(doubts) = self.doubts.take_if(|doubts| now >= doubts.due) {
+            self.resolve(doubts, table)?;
         }
         let (lives, ears) = (&mut self.lives, &mut self.ears);
         lives.settle(now, &mut |id, said| ears.tell(id, said));
@@ -127,13 +126,10 @@ impl Announced {
 
     /// Looks once more at those who seemed to be elsewhere than was announced. If they are, everybody is held against the next
     /// reading.
-    fn look_again(&mut self, table: &mut Table) -> Result<(), TableError> {
-        let Some(mut doubts) = self.audit.take() else { return Ok(()) };
-        doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
+    fn resolve(&mut self, doubts: Doubts, table: &mut Table) -> Result<(), TableError> {
+        let looked_up = doubts.look_up(&self.lives, |id| table.find(&id.flow, id.cookie))?;
         self.hear_events();
-        let unheard = doubts.verdict(&self.lives);
-        if unheard > 0 {
-            self.losses.went_unheard(unheard, self.ears.metrics.observer());
+        if self.losses.found(&looked_up, &self.lives, self.ears.metrics.observer()) {
             (self.stale, self.unheard) = (true, true);
         }
         Ok(())
@@ -152,28 +148,22 @@ impl Announced {
     /// A reading of the table begins, in which these ports are served. Returns whether events were lost.
     pub(super) fn reading_begins(&mut self, served: impl Iterator<Item = u16>) -> bool {
         *lock(&self.served) = served.collect();
-        let lost = self.losses.have_grown(&self.tracepoints, self.ears.metrics.observer());
-        let gaps = self.lives.take_gaps();
-        if lost {
-            self.lives.forget_requests();
-        } else if gaps > 0 && !self.ears.seeding {
-            // What others say is missing, and nobody knew.
-            self.losses.went_unheard(gaps, self.ears.metrics.observer());
-            (self.stale, self.unheard) = (true, true);
+        let (metrics, now) = (self.ears.metrics.observer(), clock::monotonic());
+        let lost = self.losses.look(&self.tracepoints, &mut self.lives, self.stale, metrics);
+        self.stale |= lost;
+        self.audit = None;
+        if self.stale || !self.tracepoints.tells_of_timers() {
+            self.reading = Some((now, Vec::new()));
+            self.doubts = None;
+        } else if self.doubts.is_none() && now >= self.next_audit {
+            self.audit = Some(Audit::begin(now));
         }
-        let lost = lost | std::mem::take(&mut self.unheard);
-        if lost || self.stale || !self.tracepoints.tells_of_timers() {
-            self.reading = Some((clock::monotonic(), Vec::new()));
-            (self.audit, self.doubtful) = (None, None);
-        } else if self.doubtful.is_none() && clock::monotonic() >= self.next_audit {
-            self.audit = Some(Audit::begin(clock::monotonic()));
-        }
-        lost
+        lost | std::mem::take(&mut self.unheard)
     }
 
     /// A row of it.
     pub(super) fn row(&mut self, row: &Row) {
-        if let Some(audit) = self.audit.as_mut().filter(|_| self.doubtful.is_none()) {
+        if let Some(audit) = &mut self.audit {
             audit.row(row, &self.lives);
         }
         if let Some((_, rows)) = &mut self.reading {
@@ -191,12 +181,12 @@ impl Announced {
     /// It is over.
     pub(super) fn reading_ends(&mut self, table: &mut Table) -> Result<(), TableError> {
         self.lives.forget_orphans();
-        if self.audit.is_some() && self.doubtful.is_none() {
+        if let Some(audit) = self.audit.take() {
             self.hear_events();
             let now = clock::monotonic();
+            // The reading is made anyway.
             self.next_audit = audit::next(now, Duration::ZERO);
-            self.doubtful = self.audit.as_mut().and_then(|audit| audit.reading_ends(&mut self.lives, now));
-            self.audit = self.audit.take().filter(|_| self.doubtful.is_some());
+            self.doubts = audit.ends(&mut self.lives, now);
         }
         let Some((asked, rows)) = self.reading.take() else { return Ok(()) };
         self.stale = true;

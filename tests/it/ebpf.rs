@@ -79,9 +79,18 @@ fn looks_at(port: u16) -> Echoscope {
     process
 }
 
+/// How many of the kernel's announcements were lost, as far as that is known.
+fn lost(metrics: &Metrics) -> f64 {
+    metrics.sum("echoscope_observer_lost_events_total", &[])
+}
+
+fn until_lost(process: &Echoscope) -> f64 {
+    until("a loss", || Some(lost(&process.metrics())).filter(|lost| *lost > 0.0))
+}
+
 /// A kernel may hide what happens while some process is at work (docs/ebpf.md, Losses): that is counted, and rare.
 fn assert_hardly_anything_lost(metrics: &Metrics) {
-    let lost = metrics.sum("echoscope_observer_lost_events_total", &[]);
+    let lost = lost(metrics);
     assert!(lost <= 2.0, "{lost} events lost");
     assert_eq!(metrics.sum("echoscope_observer_errors_total", &[]), 0.0);
 }
@@ -140,26 +149,16 @@ fn what_was_there_before_is_counted_once_and_followed_to_its_end() {
     let process = looks_at(port);
     let of = |role, state: &str| process.metrics().sum("echoscope_tcp_sockets", &[("role", role), ("state", state)]);
     // This process's scope is its client's; the server's ends are somebody else's.
-    let client_side = |table: &[(Role, State, u64)]| {
-        let client = table.iter().filter(|(role, ..)| *role == Role::Client);
-        client.map(|(_, state, n)| (state.label(), *n as f64)).collect::<Vec<_>>()
-    };
-    let expect = |what: &str| {
-        until(what, || {
-            let told: Vec<_> = client_side(&by_table(port)).iter().map(|(s, _)| (*s, of("client", s))).collect();
-            (told == client_side(&by_table(port))).then_some(())
-        });
-    };
-    expect("as the table has it at first");
+    until_clients_equal(&process, port);
     assert_eq!((of("client", "time_wait"), of("client", "fin_wait2")), (3.0, 5.0));
     // An orphan's FIN comes: FIN_WAIT2 → TIME_WAIT, of a minisocket that was there before.
     drop(orphans);
-    expect("orphans in TIME_WAIT");
+    until_clients_equal(&process, port);
     assert_eq!((of("client", "time_wait"), of("client", "fin_wait2")), (5.0, 3.0));
     // New ones, and the rest goes.
     pairs.extend(connected(&listener, 5));
     drop(pairs);
-    expect("all closed");
+    until_clients_equal(&process, port);
     assert_eq!(of("client", "established"), 0.0);
     assert_hardly_anything_lost(&process.metrics());
 }
@@ -210,10 +209,7 @@ fn after_a_loss_it_is_said_and_everything_is_right_again() {
     let listener = serving.join().unwrap();
     drop(stays);
     process.signal("CONT");
-    let lost = until("a loss", || {
-        let lost = process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]);
-        (lost > 0.0).then_some(lost)
-    });
+    let lost = until_lost(&process);
     process.line("a warning", |l| l["message"] == "kernel events were lost; every connection is looked up");
     assert!(lost > 1000.0, "{lost}");
     until_clients_equal(&process, port);
@@ -227,6 +223,16 @@ fn after_a_loss_it_is_said_and_everything_is_right_again() {
     let again = connected(&listener, 3);
     until("three", || (process.metrics().sockets("client", port, "established") == 3.0).then_some(()));
     drop(again);
+}
+
+/// Does something while the program takes clients of `port` for somebody else's: it is not announced, and nobody knows.
+fn unheard(process: &Echoscope, port: u16, what: impl FnOnce()) {
+    let mut services = services_of(process);
+    let key = (Role::Client as u32) << 16 | u32::from(port);
+    let place = services.get(&key, 0).unwrap();
+    services.remove(&key).unwrap();
+    what();
+    services.insert(key, place, 0).unwrap();
 }
 
 /// The program's table of services, by which it decides what to tell of.
@@ -245,18 +251,11 @@ fn what_went_unheard_is_found_in_the_table_counted_and_made_good() {
     let mut kept = connected(&listener, 8);
     let process = looks_at(port);
     until("eight", || (process.metrics().sockets("client", port, "established") == 8.0).then_some(()));
-    // For a while the program takes this port for somebody else's: whatever happens is not announced, and nobody knows.
-    let mut services = services_of(&process);
-    let key = (Role::Client as u32) << 16 | u32::from(port);
-    let place = services.get(&key, 0).unwrap();
-    services.remove(&key).unwrap();
-    drop(kept.drain(..3));
-    kept.extend(connected(&listener, 2));
-    services.insert(key, place, 0).unwrap();
-    let lost = until("a loss", || {
-        let lost = process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]);
-        (lost > 0.0).then_some(lost)
+    unheard(&process, port, || {
+        drop(kept.drain(..3));
+        kept.extend(connected(&listener, 2));
     });
+    let lost = until_lost(&process);
     assert_eq!(lost, 5.0, "three that ended, and two that began");
     process.line("a warning", |l| {
         l["message"].as_str().is_some_and(|m| m.contains("elsewhere than the kernel has announced"))
@@ -274,14 +273,11 @@ fn a_step_in_the_middle_that_went_unheard_is_inferred_counted_and_made_good() {
     let (client, served) = connected(&listener, 1).pop().unwrap();
     let process = looks_at(port);
     until("one", || (process.metrics().sockets("client", port, "established") == 1.0).then_some(()));
-    let mut services = services_of(&process);
-    let key = (Role::Client as u32) << 16 | u32::from(port);
-    let place = services.get(&key, 0).unwrap();
-    services.remove(&key).unwrap();
-    drop(served);
-    let info = || TcpInfo::of(client.as_fd()).unwrap();
-    until("CLOSE_WAIT", || (info().state == State::CloseWait).then_some(()));
-    services.insert(key, place, 0).unwrap();
+    unheard(&process, port, || {
+        drop(served);
+        let info = || TcpInfo::of(client.as_fd()).unwrap();
+        until("CLOSE_WAIT", || (info().state == State::CloseWait).then_some(()));
+    });
     let name = format!("{:x}", rustix::net::sockopt::socket_cookie(client.as_fd()).unwrap());
     drop(client);
     let line =
@@ -289,7 +285,7 @@ fn a_step_in_the_middle_that_went_unheard_is_inferred_counted_and_made_good() {
     assert_eq!((&line["evidence"], &line["after_s"]), (&"inferred".into(), &Value::Null), "{line}");
     // Its counts were wrong: anew.
     process.line("a warning", |l| l["connections"] == 1);
-    assert_eq!(process.metrics().sum("echoscope_observer_lost_events_total", &[("observer", "ebpf")]), 1.0);
+    assert_eq!(lost(&process.metrics()), 1.0);
     until_clients_equal(&process, port);
 }
 

@@ -560,19 +560,9 @@ static __attribute__((noinline)) int learn(__u64 function)
 	return 0;
 }
 
-static __always_inline struct inet_timewait_sock *minisocket_of(struct timer_list *timer)
-{
-	return (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
-}
-
-static __always_inline struct request_sock *request_of(struct timer_list *timer)
-{
-	return (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
-}
-
 static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 {
-	struct inet_timewait_sock *tw = minisocket_of(timer);
+	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
 	struct sock_common *skc = &tw->__tw_common;
 	struct mine mine;
 	struct event *e;
@@ -580,6 +570,8 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 	__u16 local, peer;
 	__u8 state, one = 1;
 
+	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
 	peer = swapped(BPF_CORE_READ(skc, skc_dport));
 	if (!find(&mine, local, peer, local == peer && is_itself(skc)))
@@ -607,11 +599,14 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 
 static __always_inline int on_request(struct timer_list *timer, int armed)
 {
-	struct sock_common *skc = &request_of(timer)->__req_common;
+	struct request_sock *req = (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
+	struct sock_common *skc = &req->__req_common;
 	struct mine mine;
 	struct event *e;
 	__u16 local;
 
+	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+		return 0;
 	local = BPF_CORE_READ(skc, skc_num);
 	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport)), 0))
 		return 0;
@@ -627,28 +622,17 @@ static __always_inline int on_request(struct timer_list *timer, int armed)
 	return 0;
 }
 
-/* Whether a timer is none of those, as most of a host's, or another namespace's. */
-static __always_inline int is_other(struct timer_list *timer)
+static __always_inline int on_timer(struct timer_list *timer, int armed)
 {
 	__u64 function = (__u64)timer->function;
-	struct sock_common *skc;
 
 	if (!timewait_timer || !request_timer)
 		learn(function);
 	if (function == timewait_timer)
-		skc = &minisocket_of(timer)->__tw_common;
-	else if (function == request_timer)
-		skc = &request_of(timer)->__req_common;
-	else
-		return 1;
-	return BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns;
-}
-
-static __always_inline int on_timer(struct timer_list *timer, int armed)
-{
-	if (is_other(timer))
-		return 0;
-	return (__u64)timer->function == timewait_timer ? on_minisocket(timer, armed) : on_request(timer, armed);
+		return on_minisocket(timer, armed);
+	if (function == request_timer)
+		return on_request(timer, armed);
+	return 0;
 }
 
 SEC("tp_btf/timer_start")
