@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -91,7 +92,6 @@ impl Afterlife {
         limit: usize,
         tracepoints: Option<Tracepoints>,
     ) -> anyhow::Result<Afterlife> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (queue, inbox) = mpsc::channel(limit.max(1));
         let (last, last_asked) = mpsc::channel(1);
         let shared = Arc::new(Shared {
@@ -104,21 +104,23 @@ impl Afterlife {
             warned: OnceAMinute::default(),
         });
         let hears = tracepoints.is_some();
-        let (run, tally): (Box<dyn FnOnce() + Send>, _) = match tracepoints {
+        let (run, tally): (Box<dyn FnOnce(Runtime) + Send>, _) = match tracepoints {
             None => {
                 let follower = Follower::new(Arc::clone(&shared), scope, table);
-                (Box::new(move || runtime.block_on(follower.run(inbox))), None)
+                (Box::new(move |runtime| runtime.block_on(follower.run(inbox))), None)
             }
             Some(tracepoints) => {
                 let counts_all = tracepoints.tells_of_timers();
                 let (witness, tally) = Witness::new(Arc::clone(&shared), scope, table, tracepoints)?;
-                (Box::new(move || runtime.block_on(witness.run(inbox, last_asked))), counts_all.then_some(tally))
+                (Box::new(move |runtime| runtime.block_on(witness.run(inbox, last_asked))), counts_all.then_some(tally))
             }
         };
+        // After all that may fail: whoever starts this is in an event loop, where none may be dropped.
+        let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
         let gone = Gone(Arc::clone(&shared));
         std::thread::Builder::new().name("afterlife".into()).spawn(move || {
             let _gone = gone;
-            run();
+            run(runtime);
         })?;
         Ok(Afterlife(Arc::new(Handle { shared, hears, tally, queue, last })))
     }

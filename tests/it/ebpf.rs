@@ -430,6 +430,27 @@ fn on_a_kernel_that_does_not_name_namespaces_one_line_says_so() {
 }
 
 #[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn with_too_many_services_one_line_says_so_and_who_asks_for_it_is_told() {
+    let client = |observer: &str| {
+        let mut command = command();
+        command.args(["--observer", observer, "--web.listen-address", "127.0.0.1:0", "client", "--rate", "0.001"]);
+        command.args((0..1100).map(|i| format!("127.0.0.2:{}", 20_000 + i)));
+        command
+    };
+    let (used, why, line) = observer_of(Echoscope::spawn(&mut client("auto")));
+    assert_eq!((used.as_str(), why.as_str()), ("sock_diag", "refused"));
+    assert_eq!(line["reason"], "services to count: 1100 of at most 1024");
+    let asked = client("ebpf").stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8_lossy(&asked.stderr);
+    assert_eq!(asked.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("start the follower: services to count: 1100 of at most 1024") && !said.contains("panicked"),
+        "{said}"
+    );
+}
+
+#[test]
 #[ignore = "needs root, and setpriv (util-linux)"]
 fn without_the_capabilities_one_line_says_so() {
     let inner = auto();
