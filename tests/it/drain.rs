@@ -491,7 +491,11 @@ fn a_client_whose_echo_never_comes_is_cut_short_at_the_deadline() {
         "--output",
         "json",
     ]);
-    let accepted = [mute.accept().unwrap(), mute.accept().unwrap()];
+    let accepted = [mute.accept().unwrap().0, mute.accept().unwrap().0];
+    for connection in &accepted {
+        // The kernel accepts before the client knows: it does when it has sent something.
+        assert_eq!(connection.peek(&mut [0]).unwrap(), 1);
+    }
     let signalled = Instant::now();
     client.signal("TERM");
     let (status, summary, lines) = client.wait();

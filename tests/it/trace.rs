@@ -25,6 +25,7 @@ impl Trace {
             let mounted = std::process::Command::new("mount").args(["-t", "tracefs", "tracefs"]).arg(root).status();
             assert!(mounted.expect("mount").success(), "mount tracefs");
         }
+        forget_the_dead(&root.join("instances"));
         let turn = TAKEN.fetch_add(1, Ordering::Relaxed);
         let trace = Trace(root.join(format!("instances/echoscope-test-{}-{turn}", std::process::id())));
         fs::create_dir(&trace.0).expect("make a tracing instance");
@@ -94,6 +95,18 @@ impl Trace {
             lost.map(|(name, count)| count.parse::<u64>().unwrap_or_else(|e| panic!("{name}: {e}"))).sum::<u64>()
         };
         stats.map(of).sum()
+    }
+}
+
+/// Removes what a test run left behind that was killed: it would go on recording, and slow down every change of state.
+fn forget_the_dead(instances: &Path) {
+    for instance in fs::read_dir(instances).expect("list tracing instances").flatten() {
+        let name = instance.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix("echoscope-test-")?.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another test may have done it meanwhile.
+            let _ = fs::remove_dir(instance.path());
+        }
     }
 }
 
