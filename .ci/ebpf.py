@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,16 @@ def metrics(web):
             name, value = line.rsplit(" ", 1)
             found[name] = float(value)
     return found
+
+
+def scrape(web):
+    """A scrape, from the question to the last byte of the answer, in seconds: no more is read of it than where it ends."""
+    with socket.create_connection(web) as connection:
+        began = time.monotonic()
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+        while connection.recv(1 << 20):
+            pass
+        return time.monotonic() - began
 
 
 def until(what, condition, patience=60):
@@ -237,13 +248,15 @@ def ninety_thousand():
             time.sleep(0.6)
             after = reading()
         spent[observer] = 1000 * (after[0] - before[0]) / (after[1] - before[1])
-        began = time.monotonic()
-        time.sleep(0.6)
-        urllib.request.urlopen(f"http://{name}/metrics").read()
-        whole = 1000 * (time.monotonic() - began - 0.6)
+        whole = []
+        for _ in range(9):
+            # Longer than the census may be reused for.
+            time.sleep(0.6)
+            whole.append(1000 * scrape(("127.0.0.1", web)))
+        whole = statistics.median(whole)
         rss = re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{process.pid}/status").read()).group(1)
         print(f"ebpf: {observer}: {after[2]:.0f} sockets in TIME_WAIT, a reading in {spent[observer]:.2f} ms, "
-              f"a whole scrape in {whole:.1f} ms, RSS {rss} KiB")
+              f"a whole scrape in {whole:.2f} ms, RSS {rss} KiB")
         if after[2] < 60_000:
             fail("the sockets went too soon")
     # A hundred times and more apart, on whatever machine.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::mpsc::error::TrySendError::{Closed, Full};
+use tokio::sync::mpsc::error::TrySendError::{self, Full};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::journal::Journal;
@@ -24,13 +24,16 @@ use crate::kernel::{Table, Tracepoints, clock};
 use crate::ledger::Reason;
 use crate::log::OnceAMinute;
 use crate::scope::Scope;
-use crate::tcp::{Cause, Identity, Known, Lifecycle};
+use crate::tcp::{Cause, Identity, Known, Lifecycle, Role};
 use follower::Follower;
 pub use tally::{Sum, Tally};
 use witness::Witness;
 
 /// Closes that come within this time share a wake-up.
 const GATHER: Duration = Duration::from_millis(2);
+
+/// And announcements, while many come: a wake-up costs as much as ten of them.
+const GATHER_MANY: Duration = Duration::from_millis(10);
 
 /// A connection whose descriptor has just been closed, and what its owner last knew of it.
 #[derive(Clone, Copy, Debug)]
@@ -59,13 +62,29 @@ pub struct Afterlife(Arc<Handle>);
 /// The follower ends when this does: it has only what is shared.
 struct Handle {
     shared: Arc<Shared>,
-    /// The kernel announces every change.
-    hears: bool,
-    /// And counts them all, those without a full socket too.
-    tally: Option<Arc<Tally>>,
-    queue: mpsc::Sender<Departed>,
-    /// Asks for the last comparison with the table.
-    last: mpsc::Sender<oneshot::Sender<()>>,
+    queue: Queue,
+}
+
+/// To whoever tells of what comes after close(2).
+enum Queue {
+    /// The follower, who looks.
+    Follower(mpsc::Sender<Departed>),
+    /// The witness, to whom the kernel announces every change.
+    Witness {
+        closed: mpsc::Sender<Closed>,
+        /// Asks for the last comparison with the table.
+        last: mpsc::Sender<oneshot::Sender<()>>,
+        /// The kernel's counts, where it counts those without a full socket too.
+        tally: Option<Arc<Tally>>,
+    },
+}
+
+/// A descriptor that has just been closed, of a connection whose states the kernel announces.
+#[derive(Clone, Copy)]
+struct Closed {
+    role: Role,
+    cookie: u64,
+    reason: Reason,
 }
 
 struct Shared {
@@ -92,8 +111,6 @@ impl Afterlife {
         limit: usize,
         tracepoints: Option<Tracepoints>,
     ) -> anyhow::Result<Afterlife> {
-        let (queue, inbox) = mpsc::channel(limit.max(1));
-        let (last, last_asked) = mpsc::channel(1);
         let shared = Arc::new(Shared {
             journal,
             following: AtomicUsize::new(0),
@@ -103,16 +120,23 @@ impl Afterlife {
             none_left: Notify::new(),
             warned: OnceAMinute::default(),
         });
-        let hears = tracepoints.is_some();
-        let (run, tally): (Box<dyn FnOnce(Runtime) + Send>, _) = match tracepoints {
+        let room = limit.max(1);
+        let (run, queue): (Box<dyn FnOnce(Runtime) + Send>, _) = match tracepoints {
             None => {
+                let (queue, inbox) = mpsc::channel(room);
                 let follower = Follower::new(Arc::clone(&shared), scope, table);
-                (Box::new(move |runtime| runtime.block_on(follower.run(inbox))), None)
+                (Box::new(move |runtime| runtime.block_on(follower.run(inbox))), Queue::Follower(queue))
             }
             Some(tracepoints) => {
+                let (closed, inbox) = mpsc::channel(room);
+                let (last, asked) = mpsc::channel(1);
                 let counts_all = tracepoints.tells_of_timers();
                 let (witness, tally) = Witness::new(Arc::clone(&shared), scope, table, tracepoints)?;
-                (Box::new(move |runtime| runtime.block_on(witness.run(inbox, last_asked))), counts_all.then_some(tally))
+                let tally = counts_all.then_some(tally);
+                (
+                    Box::new(move |runtime| runtime.block_on(witness.run(inbox, asked))),
+                    Queue::Witness { closed, last, tally },
+                )
             }
         };
         // After all that may fail: whoever starts this is in an event loop, where none may be dropped.
@@ -122,45 +146,45 @@ impl Afterlife {
             let _gone = gone;
             run(runtime);
         })?;
-        Ok(Afterlife(Arc::new(Handle { shared, hears, tally, queue, last })))
+        Ok(Afterlife(Arc::new(Handle { shared, queue })))
     }
 
     /// Whether the kernel itself announces every change: then nobody else has to tell of any.
     #[must_use]
     pub fn hears_the_kernel(&self) -> bool {
-        self.0.hears
+        matches!(self.0.queue, Queue::Witness { .. })
     }
 
     /// The kernel's own counts, where it announces every change.
     #[must_use]
     pub fn tally(&self) -> Option<&Arc<Tally>> {
-        self.0.tally.as_ref()
+        match &self.0.queue {
+            Queue::Witness { tally, .. } => tally.as_ref(),
+            Queue::Follower(_) => None,
+        }
     }
 
-    /// Follows a connection to its end; when too many are followed already it is given up and counted.
+    /// Follows a connection to its end; when too many are followed already it is given up and counted. Where the kernel
+    /// announces every change there is nobody to follow.
     pub fn follow(&self, departed: Departed) {
-        let Handle { shared, queue, .. } = &*self.0;
-        let before = shared.following.fetch_add(1, Ordering::AcqRel);
-        shared.unseen.fetch_add(1, Ordering::AcqRel);
-        shared.journal.metrics().following.inc();
-        // What the kernel announces it announces without being asked: however many there are, no one is given up.
-        let room = before < shared.limit || self.hears_the_kernel();
-        let refused = if room { queue.try_send(departed).err() } else { Some(Full(departed)) };
-        let Some(refused) = refused else { return };
-        shared.journal.metrics().following.dec();
-        shared.unseen.fetch_sub(1, Ordering::AcqRel);
-        shared.journal.metrics().follow_dropped.inc();
-        if !self.hears_the_kernel() {
+        let shared = &self.0.shared;
+        let Queue::Follower(queue) = &self.0.queue else { return };
+        let before = shared.one_more();
+        let refused = if before < shared.limit { queue.try_send(departed).err() } else { Some(Full(departed)) };
+        if let Some(refused) = refused {
             shared.journal.lose(&departed.id);
+            shared.refused(&refused);
         }
-        if let Some(times) = shared.warned.due(clock::monotonic()) {
-            let limit = shared.limit;
-            match refused {
-                Full(_) => tracing::warn!(limit, times, "follow limit reached: connections not followed to their end"),
-                Closed(_) => tracing::error!(times, "the follower is gone: connections not followed to their end"),
-            }
+    }
+
+    /// Says that a descriptor was closed, of a connection whose states the kernel announces.
+    pub fn closed(&self, role: Role, cookie: u64, reason: Reason) {
+        let Queue::Witness { closed, .. } = &self.0.queue else { return };
+        self.0.shared.one_more();
+        // What the kernel announces it announces without being asked: however many there are, no one is given up.
+        if let Err(refused) = closed.try_send(Closed { role, cookie, reason }) {
+            self.0.shared.refused(&refused);
         }
-        shared.one_less();
     }
 
     /// The journal that observations go to.
@@ -184,19 +208,19 @@ impl Afterlife {
         while self.0.shared.unseen.load(Ordering::Acquire) > 0 && !self.is_gone() {
             tokio::time::sleep(GATHER).await;
         }
-        if self.0.hears {
+        if self.hears_the_kernel() {
             // What a second event may change is told a moment later.
-            tokio::time::sleep(GATHER * 3).await;
+            tokio::time::sleep(GATHER_MANY * 2).await;
         }
     }
 
     /// Before the end: what the kernel did not announce, and is not known to be lost, is looked for in its table and counted.
     /// Takes half a second where something seems to be missing.
     pub async fn last_look(&self) {
-        if self.0.hears {
+        if let Queue::Witness { last, .. } = &self.0.queue {
             let (answer, answered) = oneshot::channel();
             // Whoever does not answer is gone, and has said so.
-            if self.0.last.send(answer).await.is_ok() {
+            if last.send(answer).await.is_ok() {
                 let _ = answered.await;
             }
         }
@@ -228,6 +252,29 @@ impl Drop for Gone {
 }
 
 impl Shared {
+    /// One is closed; returns how many are followed already.
+    fn one_more(&self) -> usize {
+        self.unseen.fetch_add(1, Ordering::AcqRel);
+        self.journal.metrics().following.inc();
+        self.following.fetch_add(1, Ordering::AcqRel)
+    }
+
+    /// Nobody takes it.
+    fn refused<T>(&self, refused: &TrySendError<T>) {
+        self.unseen.fetch_sub(1, Ordering::AcqRel);
+        self.journal.metrics().follow_dropped.inc();
+        if let Some(times) = self.warned.due(clock::monotonic()) {
+            let limit = self.limit;
+            match refused {
+                Full(_) => tracing::warn!(limit, times, "follow limit reached: connections not followed to their end"),
+                TrySendError::Closed(_) => {
+                    tracing::error!(times, "the follower is gone: connections not followed to their end");
+                }
+            }
+        }
+        self.has_gone();
+    }
+
     /// The kernel has let go of one that was followed.
     fn has_gone(&self) {
         self.journal.metrics().following.dec();

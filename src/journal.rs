@@ -74,6 +74,15 @@ impl Journal {
         role.closed(reason).inc();
     }
 
+    /// What the way of a connection was like, at its end: a smoothed round-trip time of 0 was never measured.
+    pub fn note_path(&self, role: Role, rtt_us: u32, retransmits: u32) {
+        let metrics = self.metrics.role(role);
+        if rtt_us > 0 {
+            metrics.rtt.observe(f64::from(rtt_us) / 1e6);
+        }
+        metrics.retransmits.inc_by(retransmits.into());
+    }
+
     /// The life of a connection of ours begins.
     pub fn open(&self, id: &Identity, state: State, at: Duration) {
         self.ledger.open(id, state, at);
@@ -97,7 +106,7 @@ impl Journal {
     /// The descriptor is closed. The kernel may keep the connection for a while.
     pub fn close(&self, id: &Identity, reason: Reason) {
         self.count_close(id.role, reason);
-        self.ledger.close(id.cookie, reason);
+        self.ledger.close(id.role, id.cookie, reason);
     }
 
     /// Nobody follows this connection any more, though it may go on.

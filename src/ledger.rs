@@ -163,8 +163,10 @@ impl Ledger {
     pub fn steps<'a>(&self, id: &Identity, steps: impl IntoIterator<Item = &'a Transition>) {
         let mut shard = self.shard(id.cookie);
         let Some(life) = shard.get_mut(&id.cookie) else { return };
-        // Bound by connect(2) only after the life began.
-        life.addresses = Addresses::of(id.flow.canonical());
+        if life.role == Role::Client && matches!(life.state, State::Close | State::SynSent) {
+            // Bound by connect(2) only after the life began.
+            life.addresses = Addresses::of(id.flow.canonical());
+        }
         steps.into_iter().for_each(|t| life.take(t));
         if life.state == State::Close
             && life.taken > 0
@@ -176,16 +178,14 @@ impl Ledger {
     }
 
     /// Notes why the descriptor was closed. The life may go on in the kernel.
-    pub fn close(&self, cookie: u64, reason: Reason) {
+    pub fn close(&self, role: Role, cookie: u64, reason: Reason) {
         if let Some(life) = self.shard(cookie).get_mut(&cookie) {
             life.reason = Some(reason);
             return;
         }
-        // Its end was seen on the descriptor, a moment ago: it is among the last that ended.
-        for ended in &self.ended {
-            if let Some(life) = lock(ended).iter_mut().rev().find(|life| life.cookie == cookie) {
-                life.reason = Some(reason);
-            }
+        // Its end was seen a moment ago: it is among the last that ended.
+        if let Some(life) = lock(&self.ended[role as usize]).iter_mut().rev().find(|life| life.cookie == cookie) {
+            life.reason = Some(reason);
         }
     }
 

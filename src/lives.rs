@@ -7,6 +7,7 @@ pub(crate) mod audit;
 mod losses;
 mod meaning;
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
@@ -39,6 +40,13 @@ pub(crate) enum Said<'a> {
     Begins(State, Duration),
     /// It moves.
     Moves(&'a Transitions),
+    /// Its full socket is at its end: what the way was like.
+    Path {
+        /// Smoothed round-trip time in microseconds; 0 where none was measured.
+        rtt_us: u32,
+        /// How many segments were sent again.
+        retransmits: u32,
+    },
     /// It is over; whether its descriptor was closed before is known then.
     Ends {
         /// The descriptor is closed.
@@ -211,6 +219,9 @@ impl Lives {
         }
         let timers = self.timers;
         let Some(living) = self.of(event, from, tell) else { return };
+        if to == State::Close && living.nameless.is_none() {
+            tell(&living.id, Said::Path { rtt_us: event.rtt_us, retransmits: event.retransmits });
+        }
         if living.mini.is_some() {
             // What goes on in its place was told of already.
             return;
@@ -273,18 +284,17 @@ impl Lives {
         if event.cookie == 0 {
             return None;
         }
-        let known = self.living.contains_key(&event.cookie);
-        if !known {
+        let (living, known) = match self.living.entry(event.cookie) {
+            Entry::Occupied(known) => (known.into_mut(), true),
             // Its end, and we have told of it already.
-            if matches!(event.kind, Kind::Disarmed { .. }) {
-                return None;
+            Entry::Vacant(_) if matches!(event.kind, Kind::Disarmed { .. }) => return None,
+            Entry::Vacant(place) => {
+                let (role, port) = (self.which)(&event.flow, None)?;
+                let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
+                tell(&id, Said::Begins(state, event.at));
+                (place.insert(Living::new(id, Lifecycle::found(role, state, None, event.at))), false)
             }
-            let (role, port) = (self.which)(&event.flow, None)?;
-            let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
-            tell(&id, Said::Begins(state, event.at));
-            self.living.insert(event.cookie, Living::new(id, Lifecycle::found(role, state, None, event.at)));
-        }
-        let living = self.living.get_mut(&event.cookie)?;
+        };
         if let Some(since) = living.nameless
             && event.flow.local.port() != 0
         {
@@ -653,6 +663,10 @@ mod tests {
                     let evidence = if t.evidence == Evidence::Tracepoint { "" } else { t.evidence.label() };
                     format!("{name} {} → {}{cause}{stay} {evidence}", t.from, t.to).trim_end().to_owned()
                 })),
+                Said::Path { rtt_us: 0, retransmits: 0 } => {}
+                Said::Path { rtt_us, retransmits } => {
+                    self.0.push(format!("{name}'s way: {rtt_us} µs, {retransmits} again"));
+                }
                 Said::Ends { departed } => self.0.push(format!("{name} ends, departed {departed}")),
             }
         }
@@ -718,6 +732,23 @@ mod tests {
         lives.named(&row(2, SynSent, 0), ms(30), &mut |id, said| heard.tell(id, said));
         assert_eq!(heard.take(), ["c2 begins CLOSED 20", "c2 CLOSED → SYN_SENT connect"]);
         assert!(!lives.wants_names(ms(40)));
+    }
+
+    #[test]
+    fn what_the_way_was_like_is_told_at_the_end_of_the_full_socket() {
+        let mut lives = lives(true);
+        hear(&mut lives, &[event(1, 1, flow(false, 40_000), Kind::Armed(TimeWait))]);
+        let end = |cookie, from| Event { rtt_us: 250, retransmits: 3, ..changed(cookie, 2, from, Close) };
+        assert_eq!(hear(&mut lives, &[end(1, FinWait2)]), ["c1's way: 250 µs, 3 again"], "it goes on in TIME_WAIT");
+        assert_eq!(
+            hear(&mut lives, &[end(101, LastAck)]),
+            [
+                "s101 begins LAST_ACK 2",
+                "s101's way: 250 µs, 3 again",
+                "s101 LAST_ACK → CLOSED ack",
+                "s101 ends, departed false"
+            ]
+        );
     }
 
     #[test]

@@ -138,11 +138,12 @@ impl Metrics {
         let bytes = make.counters("bytes_total", "Payload bytes.", &["role", "direction"]);
         let rtt = make.histograms(
             "tcp_rtt_seconds",
-            "Smoothed round-trip time (TCP_INFO), one sample a connection, at its end.",
+            "Smoothed round-trip time, as the kernel has it, one sample a connection, at its end.",
             &["role"],
             LATENCY,
         );
-        let retransmits = make.counters("tcp_retransmits_total", "Segments retransmitted (TCP_INFO).", &["role"]);
+        let retransmits =
+            make.counters("tcp_retransmits_total", "Segments retransmitted, added when a connection ends.", &["role"]);
         let stay = make.histograms(
             "tcp_state_duration_seconds",
             "Time that a connection spent in a state, once it left it; only where both ends of the stay are known.",

@@ -174,7 +174,7 @@ impl Ages {
 /// How many sockets were in each state when `era` began: from a dump that was made after that, and from every event of it
 /// until after the dump. A socket's first event says where it was before; one without an event is where the
 /// dump shows it; one whose first event is its birth was not there.
-pub(super) fn before(scope: &Scope, era: u16, rows: &[Row], events: &[Event]) -> Vec<[i64; State::SLOTS]> {
+pub(super) fn before(scope: &Scope, era: u8, rows: &[Row], events: &[Event]) -> Vec<[i64; State::SLOTS]> {
     let mut before = vec![[0; State::SLOTS]; scope.services().len()];
     let mut add = |flow: &Flow, state: State| {
         if let Some(place) = scope.service_of(flow) {
@@ -250,7 +250,7 @@ mod tests {
         Row::plain(state, flow(cookie), Some(cookie))
     }
 
-    fn event(era: u16, cookie: u64, kind: Kind) -> Event {
+    fn event(era: u8, cookie: u64, kind: Kind) -> Event {
         Event { era, ..Event::plain(cookie, Duration::ZERO, flow(cookie), kind) }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::tally::{self, Ages, Tally};
-use super::{Departed, GATHER, Shared};
+use super::{Closed, GATHER, GATHER_MANY, Shared};
 use crate::kernel::tracepoints::{Alarm, Event, Kind, Tracepoints};
 use crate::kernel::{Row, Table, TableError, Wanted, clock};
 use crate::lives::audit::{self, Audit, Doubts};
@@ -17,6 +17,9 @@ use crate::log::OnceAMinute;
 use crate::metrics::ObserverMetrics;
 use crate::scope::Scope;
 use crate::tcp::{Cookies, Identity, State, StateSet};
+
+/// So many events at once are many.
+const MANY: usize = 64;
 
 /// How often losses are looked for.
 const CHECK: Duration = Duration::from_millis(100);
@@ -72,6 +75,7 @@ impl Ears {
                 journal.record(id, transitions);
                 self.ages.moves(id, transitions);
             }
+            Said::Path { rtt_us, retransmits } => journal.note_path(id.role, rtt_us, retransmits),
             Said::Ends { departed } => {
                 self.ages.ends(id);
                 if departed {
@@ -172,7 +176,7 @@ impl Witness {
 
     pub(super) async fn run(
         mut self,
-        mut inbox: mpsc::Receiver<Departed>,
+        mut inbox: mpsc::Receiver<Closed>,
         mut last: mpsc::Receiver<oneshot::Sender<()>>,
     ) {
         let alarm = match self.tracepoints.alarm() {
@@ -182,10 +186,10 @@ impl Witness {
                 None
             }
         };
-        let mut departed = Vec::new();
+        let mut closed = Vec::new();
         loop {
             let open = tokio::select! {
-                open = self.wait(&mut inbox, &mut departed, alarm.as_ref()) => open,
+                open = self.wait(&mut inbox, &mut closed, alarm.as_ref()) => open,
                 Some(asked) = last.recv() => {
                     self.last_look().await;
                     // Whoever asked may have gone.
@@ -193,11 +197,11 @@ impl Witness {
                     true
                 }
             };
-            if !open && departed.is_empty() {
+            if !open && closed.is_empty() {
                 return;
             }
-            self.round(&mut departed);
-            tokio::time::sleep(GATHER).await;
+            let heard = self.round(&mut closed);
+            tokio::time::sleep(if heard < MANY { GATHER } else { GATHER_MANY }).await;
         }
     }
 
@@ -226,8 +230,8 @@ impl Witness {
     /// Waits for something to do. Returns false when no more will ever depart.
     async fn wait(
         &mut self,
-        inbox: &mut mpsc::Receiver<Departed>,
-        departed: &mut Vec<Departed>,
+        inbox: &mut mpsc::Receiver<Closed>,
+        closed: &mut Vec<Closed>,
         alarm: Option<&Alarm>,
     ) -> bool {
         const BATCH: usize = 4096;
@@ -244,28 +248,30 @@ impl Witness {
             }
         };
         tokio::select! {
-            count = inbox.recv_many(departed, BATCH) => count > 0,
+            count = inbox.recv_many(closed, BATCH) => count > 0,
             () = heard => true,
             () = tokio::time::sleep(pause) => true,
         }
     }
 
-    /// Everything that was announced, and then who has departed: what led to a close(2) was announced before it.
-    fn round(&mut self, departed: &mut Vec<Departed>) {
+    /// Everything that was announced, and whose descriptor was closed.
+    /// Returns how much was announced.
+    fn round(&mut self, closed: &mut Vec<Closed>) -> usize {
         let now = clock::monotonic();
-        self.hear();
+        let count = closed.len();
+        // Whoever has not ended by what was told so far need not be looked for among those that have.
+        closed.retain(|closed| !self.departs(*closed));
+        let heard = self.hear();
         let ears = &mut self.ears;
         self.lives.settle(now, &mut |id, said| ears.tell(id, said));
-        for departed in departed.drain(..) {
-            let goes_on = self.lives.departs(departed.id.cookie);
-            if let Some(reason) = departed.reason {
-                self.ears.shared.journal.ledger().close(departed.id.cookie, reason);
-            }
-            self.ears.shared.unseen.fetch_sub(1, Ordering::AcqRel);
-            if !goes_on {
+        for closed in closed.drain(..) {
+            // What led to a close(2) was announced before it, so who is unknown still is at its end.
+            if !self.departs(closed) {
+                self.ears.shared.journal.ledger().close(closed.role, closed.cookie, closed.reason);
                 self.ears.shared.has_gone();
             }
         }
+        self.ears.shared.unseen.fetch_sub(count, Ordering::AcqRel);
         let now = clock::monotonic();
         if now >= self.next_names && self.lives.wants_names(now) {
             self.next_names = now + NAMES;
@@ -290,12 +296,27 @@ impl Witness {
             }
         }
         self.publish();
+        heard
     }
 
-    /// Takes in what was announced.
-    fn hear(&mut self) {
+    /// A descriptor was closed. Returns whether the connection is known, and goes on.
+    fn departs(&mut self, Closed { role, cookie, reason }: Closed) -> bool {
+        let goes_on = self.lives.departs(cookie);
+        if goes_on {
+            self.ears.shared.journal.ledger().close(role, cookie, reason);
+        }
+        goes_on
+    }
+
+    /// Takes in what was announced; returns how much that was.
+    fn hear(&mut self) -> usize {
         let (ears, lives) = (&mut self.ears, &mut self.lives);
-        self.tracepoints.drain(|event| lives.hear(event, &mut |id, said| ears.tell(id, said)));
+        let mut heard = 0;
+        self.tracepoints.drain(|event| {
+            heard += 1;
+            lives.hear(event, &mut |id, said| ears.tell(id, said));
+        });
+        heard
     }
 
     /// What was not announced, and is not known to be lost, shows in the table.

@@ -53,30 +53,26 @@ impl Conn {
 impl Drop for Conn {
     fn drop(&mut self) {
         let announced = self.afterlife.hears_the_kernel() && self.cookie != 0;
-        if announced {
-            // The kernel announces states; of the way it only tells who asks.
-            if let Ok(info) = TcpInfo::of(self.stream().as_fd()) {
-                self.note_path(&info);
+        let reason = self.reason.unwrap_or(Reason::Cancelled);
+        if announced || !self.watched {
+            // Whatever there is to tell, the kernel tells, or nobody.
+            self.afterlife.journal().count_close(self.role(), reason);
+            drop(self.stream.take());
+            if announced {
+                self.afterlife.closed(self.role(), self.cookie, reason);
             }
-        } else if !self.aborted {
+            return;
+        }
+        if !self.aborted {
             // The follower begins where the descriptor ends.
             self.look(Known::default());
         }
         let (id, journal) = (self.id(), self.afterlife.journal());
-        let metrics = journal.metrics().role(id.role);
-        if self.rtt_us > 0 {
-            metrics.rtt.observe(f64::from(self.rtt_us) / 1e6);
-        }
-        metrics.retransmits.inc_by(self.retransmits.into());
-        let reason = self.reason.unwrap_or(Reason::Cancelled);
-        if announced || !self.watched {
-            journal.count_close(id.role, reason);
-        } else {
-            journal.close(&id, reason);
-        }
+        journal.note_path(id.role, self.rtt_us, self.retransmits);
+        journal.close(&id, reason);
         let closed = clock::monotonic();
         drop(self.stream.take());
-        if !announced && (!self.watched || self.life.is_over()) {
+        if self.life.is_over() {
             return;
         }
         let call = (!self.fin_sent && !self.aborted).then_some((Cause::Close, closed));

@@ -33,20 +33,20 @@ static PROGRAM: &[u8] = aya::include_bytes_aligned!("bpf/lifecycle.bpf.o");
 /// What has no full socket: its timers tell.
 const TIMERS: [&str; 2] = ["timer_start", "timer_cancel"];
 
-/// How many places for counts there are (SERVICES, lifecycle.bpf.c).
-const SERVICES: usize = 8192;
-
-/// How many sets of counts there are, one in use.
+/// How many sets of counts there are, one in use (ERAS, lifecycle.bpf.c).
 const ERAS: usize = 8;
 
-/// How many services can be told of.
-const MOST_SERVICES: usize = SERVICES / ERAS;
+/// How many services can be told of (SERVICES, lifecycle.bpf.c).
+const SERVICES: usize = 1024;
 
 /// How many events the ring has room for, about.
 const RING: usize = 100_000;
 
 /// `struct counts`, lifecycle.bpf.c.
 type InKernel = [i64; 16];
+
+/// `struct port`, lifecycle.bpf.c: by role, the place of the service that has this port, from 1 on.
+type Places = [u32; 2];
 
 /// Why the kernel's announcements cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -99,10 +99,11 @@ fn root_of(error: &(dyn Error + 'static)) -> String {
 /// The announcements of one network namespace.
 pub struct Tracepoints {
     ring: RingBuf<MapData>,
-    services: HashMap<MapData, u32, u32>,
+    ports: Array<MapData, Places>,
+    current: Array<MapData, u32>,
     rescued: Array<MapData, u64>,
     attached: Attached,
-    era: u16,
+    era: u8,
     orphans: HashMap<MapData, u64, u8>,
     lost: Array<MapData, u64>,
     counts: Arc<Mutex<Array<MapData, InKernel>>>,
@@ -141,7 +142,8 @@ impl Tracepoints {
             .and_then(|()| attaching.once("tcp_retransmit_synack", "on_retransmit_synack"));
         let attached = attaching.attached;
         let ring = RingBuf::try_from(take(&mut programs, "events")?);
-        let services = HashMap::try_from(take(&mut programs, "services")?);
+        let ports = Array::try_from(take(&mut programs, "ports")?);
+        let current = Array::try_from(take(&mut programs, "era")?);
         let orphans = HashMap::try_from(take(&mut programs, "orphans")?);
         let lost = Array::try_from(take(&mut programs, "lost")?);
         let counts = Array::try_from(take(&mut programs, "counts")?);
@@ -149,7 +151,8 @@ impl Tracepoints {
         let open = |error: &(dyn Error + 'static)| TraceError::refused("open the maps of the program", error);
         Ok(Tracepoints {
             ring: ring.map_err(|e| open(&e))?,
-            services: services.map_err(|e| open(&e))?,
+            ports: ports.map_err(|e| open(&e))?,
+            current: current.map_err(|e| open(&e))?,
             orphans: orphans.map_err(|e| open(&e))?,
             lost: lost.map_err(|e| open(&e))?,
             counts: Arc::new(Mutex::new(counts.map_err(|e| open(&e))?)),
@@ -176,13 +179,13 @@ impl Tracepoints {
     ///
     /// # Errors
     /// When there are too many, or the kernel refuses.
-    pub fn tell_of(&mut self, services: &[(Role, u16)]) -> Result<u16, TraceError> {
-        if services.len() > MOST_SERVICES {
-            let why = format!("{} of at most {MOST_SERVICES}", services.len());
+    pub fn tell_of(&mut self, services: &[(Role, u16)]) -> Result<u8, TraceError> {
+        if services.len() > SERVICES {
+            let why = format!("{} of at most {SERVICES}", services.len());
             return Err(TraceError::Refused { what: "services to count".to_owned(), why });
         }
-        let era = (self.era + 1) % ERAS as u16;
-        let first = usize::from(era) * MOST_SERVICES;
+        let era = (self.era + 1) % ERAS as u8;
+        let first = usize::from(era) * SERVICES;
         {
             let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
             for place in first..first + services.len() {
@@ -190,13 +193,16 @@ impl Tracepoints {
                 zero.map_err(|error| TraceError::refused("count from zero", &error))?;
             }
         }
-        for (place, (role, port)) in services.iter().enumerate() {
-            let key = (*role as u32) << 16 | u32::from(*port);
-            let value = u32::from(era) << 16 | (first + place) as u32;
-            let told = self.services.insert(key, value, 0);
-            told.map_err(|error| TraceError::refused(format!("watch {role} port {port}"), &error))?;
-        }
+        // One byte of it changes, so nobody reads half of a change.
+        let begun = self.current.set(0, u32::from(era), 0);
+        begun.map_err(|error| TraceError::refused("begin to count anew", &error))?;
         self.era = era;
+        for (place, (role, port)) in services.iter().enumerate() {
+            let refused = |error: MapError| TraceError::refused(format!("watch {role} port {port}"), &error);
+            let mut places = self.ports.get(&u32::from(*port), 0).map_err(refused)?;
+            places[*role as usize] = place as u32 + 1;
+            self.ports.set(u32::from(*port), places, 0).map_err(refused)?;
+        }
         Ok(era)
     }
 
@@ -225,7 +231,7 @@ impl Tracepoints {
     /// The counts of the present era, to be read by somebody else.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        Counts { map: Arc::clone(&self.counts), first: usize::from(self.era) * MOST_SERVICES }
+        Counts { map: Arc::clone(&self.counts), first: usize::from(self.era) * SERVICES }
     }
 
     /// Calls `told` with each event that waits, in the order in which they happened on each CPU; with a ring's worth at most,

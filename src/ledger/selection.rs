@@ -186,7 +186,7 @@ mod tests {
             ledger.open(&id, life.state(), at(cookie));
             walk(&ledger, &id, &mut life, State::Established, at(cookie));
             if cookie >= 5 {
-                ledger.close(cookie, Reason::Reset);
+                ledger.close(role, cookie, Reason::Reset);
                 walk(&ledger, &id, &mut life, State::Close, at(100));
             }
         }

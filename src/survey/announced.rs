@@ -212,7 +212,11 @@ impl Ears {
             Said::Begins(State::Close, _) => return *opened += 1,
             // Counted when their handshake is complete; found in TIME_WAIT, counted as closed before, or missed, by the kernel's
             // own count of opens.
-            Said::Begins(State::Listen | State::SynRecv | State::TimeWait, _) | Said::Ends { .. } => return,
+            Said::Begins(State::Listen | State::SynRecv | State::TimeWait, _)
+            | Said::Path { .. }
+            | Said::Ends { .. } => {
+                return;
+            }
             // It was there before us, or its beginning was lost.
             Said::Begins(..) => return *opened += u64::from(!self.seeding),
             Said::Moves(transitions) => transitions,

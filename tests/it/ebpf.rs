@@ -2,14 +2,14 @@
 //! lost, and how they are refused.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
-use aya::maps::{HashMap, Map, MapData, loaded_maps};
+use aya::maps::{Array, Map, MapData, loaded_maps};
 use aya::programs::loaded_programs;
-use echoscope::kernel::{Table, TcpInfo, Wanted};
+use echoscope::kernel::{Table, TcpInfo, Wanted, filter};
 use echoscope::tcp::{Role, State, StateSet};
 use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 use serde_json::Value;
@@ -129,6 +129,30 @@ fn whole_lives_by_the_kernels_word_alone() {
 
 #[test]
 #[ignore = "needs CAP_BPF and CAP_PERFMON"]
+fn what_the_way_was_like_is_told_once_of_each_end() {
+    let port = quiet_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let process = looks_at(port);
+    let told = |name: &str| process.metrics().sum(name, &[("role", "client")]);
+    // A full socket ends when TIME_WAIT goes on in its place, and that ends without one.
+    drop(connected(&listener, 20));
+    let (client, server) = connected(&listener, 1).pop().unwrap();
+    until("twenty ways", || (told("echoscope_tcp_rtt_seconds_count") == 20.0).then_some(()));
+    let seconds = told("echoscope_tcp_rtt_seconds_sum");
+    assert!(seconds > 0.0 && seconds < 2.0, "twenty round trips on this machine take {seconds} s");
+    assert_eq!(told("echoscope_tcp_retransmits_total"), 0.0);
+    // Nothing that this one sends arrives.
+    filter::lose(server.as_fd(), filter::Segment::Any).unwrap();
+    (&client).write_all(b"?").unwrap();
+    let again = until("two retransmits", || Some(TcpInfo::of(client.as_fd()).unwrap().retransmits).filter(|n| *n >= 2));
+    SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(client);
+    until("its way", || (told("echoscope_tcp_rtt_seconds_count") == 21.0).then_some(()));
+    assert_eq!(told("echoscope_tcp_retransmits_total"), f64::from(again));
+}
+
+#[test]
+#[ignore = "needs CAP_BPF and CAP_PERFMON"]
 fn what_was_there_before_is_counted_once_and_followed_to_its_end() {
     let port = quiet_port();
     let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
@@ -227,20 +251,20 @@ fn after_a_loss_it_is_said_and_everything_is_right_again() {
 
 /// Does something while the program takes clients of `port` for somebody else's: it is not announced, and nobody knows.
 fn unheard(process: &Echoscope, port: u16, what: impl FnOnce()) {
-    let mut services = services_of(process);
-    let key = (Role::Client as u32) << 16 | u32::from(port);
-    let place = services.get(&key, 0).unwrap();
-    services.remove(&key).unwrap();
+    let mut ports = ports_of(process);
+    let places = ports.get(&port.into(), 0).unwrap();
+    assert_ne!(places[Role::Client as usize], 0, "it is told of");
+    ports.set(port.into(), [0, 0], 0).unwrap();
     what();
-    services.insert(key, place, 0).unwrap();
+    ports.set(port.into(), places, 0).unwrap();
 }
 
-/// The program's table of services, by which it decides what to tell of.
-fn services_of(process: &Echoscope) -> HashMap<MapData, u32, u32> {
+/// The program's table of ports, by which it decides what to tell of: by role, the place of a service.
+fn ports_of(process: &Echoscope) -> Array<MapData, [u32; 2]> {
     let ours = maps_of(&open_in(process, "prog_id:"));
-    let mut named = loaded_maps().flatten().filter(|map| map.name_as_str() == Some("services"));
+    let mut named = loaded_maps().flatten().filter(|map| map.name_as_str() == Some("ports"));
     let id = named.find_map(|map| ours.contains(&map.id()).then_some(map.id())).unwrap();
-    HashMap::try_from(Map::HashMap(MapData::from_id(id).unwrap())).unwrap()
+    Array::try_from(Map::Array(MapData::from_id(id).unwrap())).unwrap()
 }
 
 #[test]

@@ -15,7 +15,10 @@
 #include <bpf/bpf_helpers.h>
 
 #define STATES 16
-#define SERVICES 8192
+#define PORTS 65536
+/* Sets of counts, of which one is in use, and services in each. */
+#define ERAS 8
+#define SERVICES 1024
 
 /* What an event is about; Kind in tracepoints/event.rs. */
 enum kind {
@@ -36,6 +39,7 @@ enum flag {
 	RESET = 8,	/* a RST came in just before */
 	CLOSING = 16,	/* within close(2), not shutdown(2) */
 	EXPIRED = 32,	/* the clock has run down */
+	IPV6 = 64,	/* addresses are of 16 bytes */
 };
 
 struct event {
@@ -51,10 +55,11 @@ struct event {
 	__u8 from;
 	__u8 to;
 	__u8 flags;
-	__u8 ipv6;
+	__u8 era;	/* which counts it is in */
 	__u8 reason;	/* enum sk_rst_reason */
-	__u32 era;	/* which counts it is in */
-	__u32 unused;
+	/* At the end of a full socket: smoothed round-trip time, microseconds, and segments sent again. */
+	__u32 rtt;
+	__u32 retransmits;
 };
 
 struct counts {
@@ -71,20 +76,32 @@ struct {
 	__uint(max_entries, 8 * 1024 * 1024);
 } events SEC(".maps");
 
-/*
- * Role and port of a service, to its place in `counts` (the lower 16 bits) and the era of that (the upper ones): user space
- * begins a new era with counts of zero when it has lost track.
- */
+enum role { SERVER = 0, CLIENT = 1 };
+
+/* By role, the service that has this port: its place among the services, from 1 on; 0 for a port that is nobody's. */
+struct port {
+	__u32 place[2];
+};
+
+/* Not a hash: everything that happens in the namespace is looked up here, and an index costs a tenth. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, SERVICES);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PORTS);
+	__type(key, __u32);
+	__type(value, struct port);
+} ports SEC(".maps");
+
+/* Which set of counts is in use: user space begins a new one, at zero, when it has lost track. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u32);
-} services SEC(".maps");
+} era SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, SERVICES);
+	__uint(max_entries, ERAS * SERVICES);
 	__type(key, __u32);
 	__type(value, struct counts);
 } counts SEC(".maps");
@@ -113,18 +130,17 @@ struct {
 	__type(value, __u64);
 } reset SEC(".maps");
 
-enum role { SERVER = 0, CLIENT = 1 };
-
 static __always_inline __u16 swapped(__be16 port)
 {
 	return __builtin_bswap16(port);
 }
 
-static __always_inline __u32 *service(enum role role, __u16 port)
+static __always_inline __u32 service(enum role role, __u16 number)
 {
-	__u32 key = (__u32)role << 16 | port;
+	__u32 key = number;
+	struct port *port = bpf_map_lookup_elem(&ports, &key);
 
-	return bpf_map_lookup_elem(&services, &key);
+	return port ? port->place[role] : 0;
 }
 
 struct mine {
@@ -138,7 +154,7 @@ struct mine {
  */
 static __always_inline int find(struct mine *mine, __u16 local, __u16 peer, int itself)
 {
-	__u32 *found = itself ? service(CLIENT, peer) : 0, value, place;
+	__u32 found = itself ? service(CLIENT, peer) : 0, zero = 0, index, *now;
 
 	mine->counts = 0;
 	mine->era = 0;
@@ -148,11 +164,13 @@ static __always_inline int find(struct mine *mine, __u16 local, __u16 peer, int 
 		found = service(CLIENT, peer);
 	if (!found)
 		return everything;
-	/* Read once: user space may begin a new era at any time. */
-	value = *(volatile __u32 *)found;
-	place = value & 0xffff;
-	mine->era = value >> 16;
-	mine->counts = bpf_map_lookup_elem(&counts, &place);
+	now = bpf_map_lookup_elem(&era, &zero);
+	if (!now)
+		return 0;
+	/* Read once: user space may begin a new one at any time. */
+	mine->era = *(volatile __u32 *)now;
+	index = mine->era * SERVICES + found - 1;
+	mine->counts = bpf_map_lookup_elem(&counts, &index);
 	return 1;
 }
 
@@ -187,16 +205,13 @@ static __always_inline struct event *event(enum kind kind, struct mine *mine, __
 	return e;
 }
 
-/*
- * Whether a socket whose two ports are alike is connected to itself: two SYNs crossed. It is asked of few, and each load is
- * checked, because a minisocket is known by its timer only.
- */
+/* Whether a socket whose two ports are alike is connected to itself: two SYNs crossed. */
 static __always_inline int is_itself(struct sock_common *skc)
 {
 	__u64 ours[2] = {}, theirs[2] = {};
 
-	if (BPF_CORE_READ(skc, skc_family) != AF_INET6)
-		return BPF_CORE_READ(skc, skc_rcv_saddr) == BPF_CORE_READ(skc, skc_daddr);
+	if (skc->skc_family != AF_INET6)
+		return skc->skc_rcv_saddr == skc->skc_daddr;
 	bpf_core_read(ours, sizeof(ours), &skc->skc_v6_rcv_saddr);
 	bpf_core_read(theirs, sizeof(theirs), &skc->skc_v6_daddr);
 	return ours[0] == theirs[0] && ours[1] == theirs[1];
@@ -223,7 +238,7 @@ static __always_inline void name(struct event *e, struct tcp_sock *tp)
 	e->peer_port = swapped(skc->skc_dport);
 	e->interface = skc->skc_bound_dev_if;
 	if (skc->skc_family == AF_INET6) {
-		e->ipv6 = 1;
+		e->flags |= IPV6;
 		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
 		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
 	} else {
@@ -357,8 +372,10 @@ static __always_inline int changed(__u64 *ctx)
 	 */
 	if (from == TCP_LISTEN && to == TCP_SYN_RECV && !sk->__sk_common.skc_dport)
 		return 0;
-	/* Makes the cookie if nobody has asked for it yet: minisockets inherit it. */
-	cookie = bpf_get_socket_cookie(sk);
+	/* Makes it if nobody has asked for it yet: minisockets inherit it. */
+	cookie = sk->__sk_common.skc_cookie.counter;
+	if (!cookie)
+		cookie = bpf_get_socket_cookie(sk);
 	last = bpf_map_lookup_elem(&reset, &zero);
 	if (last && *last == (__u64)sk) {
 		*last = 0;
@@ -384,6 +401,11 @@ static __always_inline int changed(__u64 *ctx)
 		e->flags |= RESET;
 	if (closing(sk))
 		e->flags |= CLOSING;
+	if (to == TCP_CLOSE) {
+		/* As tcp_get_info() has it: the kernel keeps eight times the time. */
+		e->rtt = tp->srtt_us >> 3;
+		e->retransmits = tp->total_retrans;
+	}
 	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
@@ -448,19 +470,54 @@ int on_send_reset(__u64 *ctx)
 	return 0;
 }
 
-/* Addresses of a socket that is not a full one; its timer led to it, so each load must be checked. */
-static __always_inline void name_mini(struct event *e, struct sock_common *skc, __u16 local)
+/*
+ * The beginning of a socket that is not a full one. Its timer led to it, so that no load from it is known to be safe before
+ * it is done: one checked load of all that is needed costs a fraction of one for each member.
+ */
+#define HEAD 160
+
+struct head {
+	__u8 bytes[HEAD] __attribute__((aligned(8)));
+};
+
+static __always_inline int behead(struct head *head, const void *socket)
 {
-	e->local_port = local;
-	e->peer_port = swapped(BPF_CORE_READ(skc, skc_dport));
-	e->interface = BPF_CORE_READ(skc, skc_bound_dev_if);
-	if (BPF_CORE_READ(skc, skc_family) == AF_INET6) {
-		e->ipv6 = 1;
-		bpf_core_read(e->local, sizeof(e->local), &skc->skc_v6_rcv_saddr);
-		bpf_core_read(e->peer, sizeof(e->peer), &skc->skc_v6_daddr);
+	return bpf_probe_read_kernel(head->bytes, sizeof(head->bytes), socket);
+}
+
+/* A member of it. */
+#define PART(head, container, member) \
+	(*(typeof(((struct container *)0)->member) *)((head)->bytes + bpf_core_field_offset(struct container, member)))
+
+static __always_inline int is_itself_mini(struct head *head)
+{
+	__u64 *ours = (__u64 *)&PART(head, sock_common, skc_v6_rcv_saddr);
+	__u64 *theirs = (__u64 *)&PART(head, sock_common, skc_v6_daddr);
+
+	if (PART(head, sock_common, skc_family) != AF_INET6)
+		return PART(head, sock_common, skc_rcv_saddr) == PART(head, sock_common, skc_daddr);
+	return ours[0] == theirs[0] && ours[1] == theirs[1];
+}
+
+static __always_inline int is_foreign_mini(struct head *head)
+{
+	struct net *net = PART(head, sock_common, skc_net).net;
+
+	return BPF_CORE_READ(net, net_cookie) != netns;
+}
+
+static __always_inline void name_mini(struct event *e, struct head *head)
+{
+	e->local_port = PART(head, sock_common, skc_num);
+	e->peer_port = swapped(PART(head, sock_common, skc_dport));
+	e->interface = PART(head, sock_common, skc_bound_dev_if);
+	if (PART(head, sock_common, skc_family) == AF_INET6) {
+		e->flags |= IPV6;
+		__builtin_memcpy(e->local, &PART(head, sock_common, skc_v6_rcv_saddr), sizeof(e->local));
+		__builtin_memcpy(e->peer, &PART(head, sock_common, skc_v6_daddr), sizeof(e->peer));
 	} else {
-		*(__be32 *)e->local = BPF_CORE_READ(skc, skc_rcv_saddr);
-		*(__be32 *)e->peer = BPF_CORE_READ(skc, skc_daddr);
+		*(__be32 *)e->local = PART(head, sock_common, skc_rcv_saddr);
+		*(__be32 *)e->peer = PART(head, sock_common, skc_daddr);
 	}
 }
 
@@ -503,17 +560,18 @@ int on_retransmit_synack(__u64 *ctx)
 	struct sock_common *skc = &((struct request_sock *)ctx[1])->__req_common;
 	struct mine mine;
 	struct event *e;
-	__u16 local;
+	struct head head;
 
 	if (skc->skc_net.net->net_cookie != netns)
 		return 0;
-	local = skc->skc_num;
-	if (!find(&mine, local, swapped(skc->skc_dport), 0))
+	if (!find(&mine, skc->skc_num, swapped(skc->skc_dport), 0))
+		return 0;
+	if (behead(&head, skc))
 		return 0;
 	e = event(SYNACK_RETRANSMITTED, &mine, skc->skc_cookie.counter);
 	if (!e)
 		return 0;
-	name_mini(e, skc, local);
+	name_mini(e, &head);
 	bpf_ringbuf_submit(e, 0);
 	return 0;
 }
@@ -563,21 +621,21 @@ static __attribute__((noinline)) int learn(__u64 function)
 static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 {
 	struct inet_timewait_sock *tw = (void *)timer - bpf_core_field_offset(struct inet_timewait_sock, tw_timer);
-	struct sock_common *skc = &tw->__tw_common;
+	struct head head;
 	struct mine mine;
 	struct event *e;
 	__u64 cookie;
 	__u16 local, peer;
 	__u8 state, one = 1;
 
-	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+	if (behead(&head, tw) || is_foreign_mini(&head))
 		return 0;
-	local = BPF_CORE_READ(skc, skc_num);
-	peer = swapped(BPF_CORE_READ(skc, skc_dport));
-	if (!find(&mine, local, peer, local == peer && is_itself(skc)))
+	local = PART(&head, sock_common, skc_num);
+	peer = swapped(PART(&head, sock_common, skc_dport));
+	if (!find(&mine, local, peer, local == peer && is_itself_mini(&head)))
 		return 0;
-	cookie = BPF_CORE_READ(skc, skc_cookie.counter);
-	state = BPF_CORE_READ(tw, tw_substate);
+	cookie = PART(&head, sock_common, skc_cookie).counter;
+	state = PART(&head, inet_timewait_sock, tw_substate);
 	if (armed) {
 		/* What is not noted will be counted in the wrong state: user space counts anew. */
 		if (state == TCP_FIN_WAIT2 && bpf_map_update_elem(&orphans, &cookie, &one, BPF_ANY))
@@ -589,9 +647,9 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 	e = event(armed ? ARMED : DISARMED, &mine, cookie);
 	if (!e)
 		return 0;
-	name_mini(e, skc, local);
+	name_mini(e, &head);
 	e->from = e->to = state;
-	if (!armed && (__s64)(bpf_jiffies64() - BPF_CORE_READ(timer, expires)) >= 0)
+	if (!armed && (__s64)(bpf_jiffies64() - timer->expires) >= 0)
 		e->flags |= EXPIRED;
 	bpf_ringbuf_submit(e, 0);
 	return 0;
@@ -600,23 +658,21 @@ static __always_inline int on_minisocket(struct timer_list *timer, int armed)
 static __always_inline int on_request(struct timer_list *timer, int armed)
 {
 	struct request_sock *req = (void *)timer - bpf_core_field_offset(struct request_sock, rsk_timer);
-	struct sock_common *skc = &req->__req_common;
+	struct head head;
 	struct mine mine;
 	struct event *e;
-	__u16 local;
 
-	if (BPF_CORE_READ(skc, skc_net.net, net_cookie) != netns)
+	if (behead(&head, req) || is_foreign_mini(&head))
 		return 0;
-	local = BPF_CORE_READ(skc, skc_num);
-	if (!find(&mine, local, swapped(BPF_CORE_READ(skc, skc_dport)), 0))
+	if (!find(&mine, PART(&head, sock_common, skc_num), swapped(PART(&head, sock_common, skc_dport)), 0))
 		return 0;
 	add(&mine, TCP_SYN_RECV, armed ? 1 : -1);
-	e = event(armed ? REQUESTED : UNREQUESTED, &mine, BPF_CORE_READ(skc, skc_cookie.counter));
+	e = event(armed ? REQUESTED : UNREQUESTED, &mine, PART(&head, sock_common, skc_cookie).counter);
 	if (!e)
 		return 0;
-	name_mini(e, skc, local);
+	name_mini(e, &head);
 	e->from = e->to = TCP_NEW_SYN_RECV;
-	if (!armed && (__s64)(bpf_jiffies64() - BPF_CORE_READ(timer, expires)) >= 0)
+	if (!armed && (__s64)(bpf_jiffies64() - timer->expires) >= 0)
 		e->flags |= EXPIRED;
 	bpf_ringbuf_submit(e, 0);
 	return 0;

@@ -55,7 +55,7 @@ pub struct Event {
     /// What happened.
     pub kind: Kind,
     /// Which counts it is in.
-    pub era: u16,
+    pub era: u8,
     /// `sk_err`: what went wrong, an errno; 0: nothing.
     pub error: u16,
     /// SOCK_DONE: the peer's FIN is in.
@@ -68,6 +68,10 @@ pub struct Event {
     pub reset: bool,
     /// Within close(2): no reference to the file is left. Otherwise within shutdown(2), or in no call at all.
     pub closing: bool,
+    /// At the end of a full socket: its smoothed round-trip time (`srtt_us`), in microseconds; 0 where none was measured.
+    pub rtt_us: u32,
+    /// At the end of a full socket: how many segments it sent again (`total_retrans`).
+    pub retransmits: u32,
 }
 
 const DONE: u8 = 1;
@@ -76,6 +80,7 @@ const LINGER0: u8 = 4;
 const RESET: u8 = 8;
 const CLOSING: u8 = 16;
 const EXPIRED: u8 = 32;
+const IPV6: u8 = 64;
 
 impl Event {
     /// Reads one; `None` for what this program does not know.
@@ -85,12 +90,12 @@ impl Event {
         let u16_at = |i: usize| u16::from_ne_bytes([bytes[i], bytes[i + 1]]);
         let u32_at = |i: usize| u32::from_ne_bytes(bytes[i..i + 4].try_into().expect("four bytes"));
         let interface = u32_at(52);
-        let [kind, from, to, flags, ipv6, reason] = bytes[58..64] else { return None };
+        let [kind, from, to, flags, era, reason] = bytes[58..64] else { return None };
         let state = State::from_kernel;
         let has = |flag| flags & flag != 0;
         let address = |i: usize, port| {
             let octets: [u8; 16] = bytes[i..i + 16].try_into().expect("sixteen bytes");
-            if ipv6 == 0 {
+            if !has(IPV6) {
                 let [a, b, c, d, ..] = octets;
                 return SocketAddr::new(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), port);
             }
@@ -114,13 +119,15 @@ impl Event {
                 8 => Kind::SynAckRetransmitted,
                 _ => return None,
             },
-            era: u32_at(64) as u16,
+            era,
             error: u16_at(56),
             done: has(DONE),
             orphan: has(ORPHAN),
             lingers_not: has(LINGER0),
             reset: has(RESET),
             closing: has(CLOSING),
+            rtt_us: u32_at(64),
+            retransmits: u32_at(68),
         })
     }
 }
@@ -141,6 +148,8 @@ impl Event {
             lingers_not: false,
             reset: false,
             closing: false,
+            rtt_us: 0,
+            retransmits: 0,
         }
     }
 }
@@ -180,7 +189,7 @@ mod tests {
     fn a_scope_comes_with_addresses_that_need_one() {
         let mut raw = bytes(4, 0, 0, 0);
         raw[52..56].copy_from_slice(&3u32.to_ne_bytes());
-        raw[62] = 1;
+        raw[61] = IPV6;
         raw[16..32].copy_from_slice(&"fe80::1".parse::<Ipv6Addr>().unwrap().octets());
         raw[32..48].copy_from_slice(&"2001:db8::2".parse::<Ipv6Addr>().unwrap().octets());
         let flow = Event::read(&raw).unwrap().flow;
