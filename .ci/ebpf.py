@@ -55,9 +55,13 @@ def scrape(web):
     with socket.create_connection(web) as connection:
         began = time.monotonic()
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
-        while connection.recv(1 << 20):
-            pass
-        return time.monotonic() - began
+        answer = b""
+        while part := connection.recv(1 << 20):
+            answer += part
+        took = time.monotonic() - began
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        fail(f"a scrape was answered: {answer[:200]}")
+    return took
 
 
 def until(what, condition, patience=60):
