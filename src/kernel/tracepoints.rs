@@ -19,6 +19,7 @@ use aya::programs::tp_btf::BtfTracePointLink;
 use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
 use rustix::net::{AddressFamily, SocketType};
+use rustix::thread::MembarrierCommand;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -196,6 +197,7 @@ impl Tracepoints {
         // One byte of it changes, so nobody reads half of a change.
         let begun = self.current.set(0, u32::from(era), 0);
         begun.map_err(|error| TraceError::refused("begin to count anew", &error))?;
+        wait_for_programs();
         self.era = era;
         for (place, (role, port)) in services.iter().enumerate() {
             let refused = |error: MapError| TraceError::refused(format!("watch {role} port {port}"), &error);
@@ -391,6 +393,15 @@ fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {
         what: format!("map {map}"),
         why: "the program has none of that name".to_owned(),
     })
+}
+
+/// Waits until every program that had begun has ended: membarrier(2) waits for all that runs under RCU, as programs do.
+/// One that has read which counts are in use would otherwise add to those of before, after the table was read.
+fn wait_for_programs() {
+    if let Err(error) = rustix::thread::membarrier(MembarrierCommand::Global) {
+        // A sandbox, or CPUs without a tick (nohz_full). What it is for is rare.
+        tracing::debug!(%error, "membarrier");
+    }
 }
 
 /// The kernel's own name for the network namespace that this thread is in.
