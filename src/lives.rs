@@ -4,6 +4,7 @@
 //! from, or what becomes of what is told.
 
 pub(crate) mod audit;
+mod handshakes;
 mod losses;
 mod meaning;
 
@@ -16,6 +17,7 @@ use crate::kernel::{Row, TIME_WAIT};
 use crate::tcp::{
     ByCookie, Cause, Cookies, Evidence, Flow, Identity, Known, Lifecycle, Role, State, StateSet, Transitions,
 };
+use handshakes::{GivenUp, Handshakes, Request};
 pub(crate) use losses::KnownLosses;
 use meaning::{ABORT_ON_DATA, Meaning};
 
@@ -28,10 +30,6 @@ pub(crate) const NAMELESS: Duration = Duration::from_millis(5);
 
 /// How long it may go without one before it is given up.
 const GIVEN_UP: Duration = Duration::from_secs(2);
-
-/// From when on a handshake that is not complete has a life of its own. Most are complete sooner, and their life is the
-/// connection's.
-pub(crate) const LONG: Duration = Duration::from_millis(200);
 
 /// What there is to tell of one life.
 #[derive(Clone, Copy, Debug)]
@@ -63,14 +61,10 @@ pub(crate) struct Lives {
     timers: bool,
     /// Boxed, because a map that grows moves what is in it, and has up to twice the room that it needs.
     living: ByCookie<Box<Living>>,
-    requests: HashMap<Flow, Request, foldhash::quality::RandomState>,
+    handshakes: Handshakes,
     /// Who waits for a second event, or for a name.
     undecided: Vec<u64>,
     nameless: Vec<u64>,
-    stopped: Vec<Flow>,
-    /// Server's connections that were complete a moment ago, and whether their request was told of: there may have been none
-    /// (SYN cookies), or it went unheard.
-    completed: Vec<(Flow, Duration, bool)>,
     /// How many events are missing by what others say.
     gaps: u64,
     /// Minisockets in FIN_WAIT2: not every one that goes on to TIME_WAIT is announced.
@@ -98,27 +92,6 @@ struct Ending {
     cause: Option<Cause>,
 }
 
-/// A handshake that is not complete.
-#[derive(Clone, Copy)]
-struct Request {
-    at: Duration,
-    /// Its life's name, once it has one.
-    cookie: Option<u64>,
-    stopped: Option<(Duration, bool)>,
-    /// How many SYN+ACKs were sent again.
-    retransmits: u32,
-    /// Its beginning was announced: the table shows full sockets in SYN_RECV, too, which have no clock of this kind.
-    heard: bool,
-    /// A reading of the table did not show it.
-    unseen: bool,
-}
-
-impl Request {
-    fn new(at: Duration, cookie: Option<u64>, heard: bool) -> Request {
-        Request { at, cookie, stopped: None, retransmits: 0, heard, unseen: false }
-    }
-}
-
 impl Lives {
     /// Nobody. With `timers`, minisockets and requests are told of by events.
     pub(crate) fn new(which: Which, timers: bool) -> Lives {
@@ -126,11 +99,9 @@ impl Lives {
             which,
             timers,
             living: HashMap::default(),
-            requests: HashMap::default(),
+            handshakes: Handshakes::default(),
             undecided: Vec::new(),
             nameless: Vec::new(),
-            stopped: Vec::new(),
-            completed: Vec::new(),
             gaps: 0,
             orphans: VecDeque::new(),
         }
@@ -160,24 +131,10 @@ impl Lives {
             }
             Kind::Requested => {
                 let life = self.living.contains_key(&event.cookie).then_some(event.cookie);
-                let request = Request::new(event.at, life, true);
-                let known = self.requests.entry(key(&event.flow)).or_insert(request);
-                // A clock that starts anew was stopped before; otherwise this is another handshake, and the end of the one
-                // before it went unheard.
-                if known.stopped.take().is_none() && known.at != event.at {
-                    *known = request;
-                }
+                self.handshakes.begins(&event.flow, event.at, life);
             }
             Kind::Unrequested { expired } => {
-                let flow = key(&event.flow);
-                if let Some(request) = self.requests.get_mut(&flow) {
-                    request.stopped = Some((event.at, expired));
-                    self.stopped.push(flow);
-                } else if let Some(i) = self.completed.iter().position(|(other, ..)| *other == flow) {
-                    // It had a request.
-                    let (_, _, told) = self.completed.swap_remove(i);
-                    self.gaps += u64::from(!told);
-                }
+                self.gaps += u64::from(self.handshakes.stops(&event.flow, event.at, expired));
             }
             Kind::ResetSent(reason) => {
                 if let Some(living) = self.living.get_mut(&event.cookie)
@@ -193,10 +150,9 @@ impl Lives {
                 }
             }
             Kind::SynAckRetransmitted => {
-                let Some(request) = self.requests.get_mut(&key(&event.flow)) else { return };
-                match request.cookie.and_then(|cookie| self.living.get_mut(&cookie)) {
-                    Some(living) => living.retransmits += 1,
-                    None => request.retransmits += 1,
+                let life = self.handshakes.repeats(&event.flow);
+                if let Some(living) = life.and_then(|cookie| self.living.get_mut(&cookie)) {
+                    living.retransmits += 1;
                 }
             }
         }
@@ -211,15 +167,14 @@ impl Lives {
             _ => {}
         }
         // Older kernels tell of a child only when it leaves SYN_RECV. Without a request it was there before.
-        if from == State::SynRecv
-            && !self.living.contains_key(&event.cookie)
-            && self.requests.contains_key(&key(&event.flow))
-        {
+        if from == State::SynRecv && !self.living.contains_key(&event.cookie) && self.handshakes.has(&event.flow) {
             self.completes(event, tell);
         }
         let timers = self.timers;
         let Some(living) = self.of(event, from, tell) else { return };
-        if to == State::Close && living.nameless.is_none() {
+        // Of two sockets of one request, the one that is thrown away has what the request had, too.
+        let is_spare = from == State::SynRecv && event.rtt_us == 0;
+        if to == State::Close && living.nameless.is_none() && !is_spare {
             tell(&living.id, Said::Path { rtt_us: event.rtt_us, retransmits: event.retransmits });
         }
         if living.mini.is_some() {
@@ -260,21 +215,14 @@ impl Lives {
 
     /// The third segment is in: a socket is made of the request.
     fn completes(&mut self, event: &Event, tell: &mut impl FnMut(&Identity, Said<'_>)) {
-        let flow = key(&event.flow);
-        let request = self.requests.remove(&flow);
+        let request = self.handshakes.take(&event.flow);
         if self.living.contains_key(&event.cookie) {
             return;
         }
         let Some((role, port)) = (self.which)(&event.flow, Some(Role::Server)) else { return };
         let id = Identity { cookie: event.cookie, role, port, flow: event.flow };
         if self.timers {
-            // Two segments at once may make two sockets of one request, of which one is thrown away
-            // (inet_csk_complete_hashdance).
-            if self.completed.len() >= 64 {
-                self.completed.retain(|(_, at, _)| event.at.saturating_sub(*at) < SETTLED);
-            }
-            let told = request.is_some() || self.completed.iter().any(|(other, ..)| *other == flow);
-            self.completed.push((flow, event.at, told));
+            self.handshakes.note_complete(&event.flow, event.at, request.is_some());
         }
         self.begins_by_request(id, request.as_ref(), event.at, tell);
     }
@@ -321,7 +269,6 @@ impl Lives {
     /// Decides what waited for a second event that has not come.
     pub(crate) fn settle(&mut self, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let due = |at: Duration| now.saturating_sub(at) >= SETTLED;
-        self.completed.retain(|(_, at, _)| !due(*at));
         for cookie in std::mem::take(&mut self.undecided) {
             let Some(living) = self.living.get_mut(&cookie) else { continue };
             match living.ending {
@@ -333,33 +280,22 @@ impl Lives {
                 None => {}
             }
         }
-        for flow in std::mem::take(&mut self.stopped) {
-            let Some(request) = self.requests.get(&flow) else { continue };
-            match request.stopped {
-                Some((at, expired)) if due(at) => {
-                    let cookie = request.cookie;
-                    self.requests.remove(&flow);
-                    if let Some(cookie) = cookie
-                        && let Some(living) = self.living.get_mut(&cookie)
-                        && living.life.state() == State::SynRecv
-                    {
-                        living.observe(at, State::Close, expired.then_some(Cause::Timeout), tell);
-                        self.bury(cookie, tell);
-                    }
-                }
-                Some(_) => self.stopped.push(flow),
-                None => {}
+        for GivenUp { cookie, at, expired } in self.handshakes.settle(now) {
+            if let Some(cookie) = cookie
+                && let Some(living) = self.living.get_mut(&cookie)
+                && living.life.state() == State::SynRecv
+            {
+                living.observe(at, State::Close, expired.then_some(Cause::Timeout), tell);
+                self.bury(cookie, tell);
             }
         }
     }
 
     /// When to look again, although nothing happens: something waits to be decided, or to be named.
     pub(crate) fn next(&self, now: Duration) -> Option<Duration> {
-        let decided = (!self.undecided.is_empty() || !self.stopped.is_empty()).then_some(SETTLED);
+        let decided = (!self.undecided.is_empty()).then_some(SETTLED);
         let named = (!self.nameless.is_empty()).then_some(NAMELESS);
-        let long = self.requests.values().filter(|r| r.cookie.is_none()).map(|r| r.at).min();
-        let long = long.map(|at| (at + LONG).saturating_sub(now).max(NAMELESS));
-        decided.into_iter().chain(named).chain(long).min()
+        decided.into_iter().chain(named).chain(self.handshakes.next(now)).min()
     }
 
     /// Whether the kernel's table must be asked for names: of connections without a local port, and of long handshakes.
@@ -373,17 +309,14 @@ impl Lives {
             None => false,
         });
         self.nameless.iter().filter_map(|c| living.get(c)?.nameless).any(|at| old(at, NAMELESS))
-            || self.requests.values().any(|r| r.cookie.is_none() && r.stopped.is_none() && old(r.at, LONG))
+            || self.handshakes.are_long(now)
     }
 
     /// What the table says of a connection in SYN_SENT or SYN_RECV.
     pub(crate) fn named(&mut self, row: &Row, now: Duration, tell: &mut impl FnMut(&Identity, Said<'_>)) {
         let Some(cookie) = row.cookie else { return };
         if let Some(living) = self.living.get_mut(&cookie) {
-            // Data in the SYN (RFC 7413): there is a socket before the handshake is complete.
-            if let Some(request) = self.requests.get_mut(&key(&row.flow)) {
-                request.cookie = Some(cookie);
-            }
+            self.handshakes.belongs_to(&row.flow, cookie);
             if let Some(since) = living.nameless
                 && row.flow.local.port() != 0
             {
@@ -391,13 +324,8 @@ impl Lives {
             }
             return;
         }
-        let Some(request) = self.requests.get_mut(&key(&row.flow)) else { return };
-        if request.cookie.is_some() || request.stopped.is_some() || now.saturating_sub(request.at) < LONG {
-            return;
-        }
         let Some((role, port)) = (self.which)(&row.flow, Some(Role::Server)) else { return };
-        request.cookie = Some(cookie);
-        let request = *request;
+        let Some(request) = self.handshakes.name(&row.flow, cookie, now) else { return };
         let id = Identity { cookie, role, port, flow: row.flow };
         self.begins_by_request(id, Some(&request), now, tell);
     }
@@ -448,9 +376,7 @@ impl Lives {
             self.orphans.push_back(cookie);
         }
         if state == State::SynRecv {
-            // Its end will be that of a request.
-            let request = Request::new(now, Some(cookie), false);
-            self.requests.entry(key(&row.flow)).or_insert(request).cookie = Some(cookie);
+            self.handshakes.found(&row.flow, cookie, now);
         }
         tell(&living.id, Said::Begins(state, since.unwrap_or(now)));
         self.living.insert(cookie, living);
@@ -485,11 +411,11 @@ impl Lives {
             let expired =
                 living.life.state() == State::TimeWait && now.saturating_sub(living.life.since()) >= TIME_WAIT;
             let known = Known { cause: expired.then_some(Cause::Expired), ..Known::default() };
-            let flow = (living.life.state() == State::SynRecv).then(|| key(&living.id.flow));
+            let handshake = (living.life.state() == State::SynRecv).then_some(living.id.flow);
             living.see(now, State::Close, Evidence::SockDiag, &known, tell);
             self.bury(cookie, tell);
-            if let Some(flow) = flow {
-                self.requests.remove(&flow);
+            if let Some(flow) = handshake {
+                self.handshakes.take(&flow);
             }
         }
     }
@@ -544,9 +470,11 @@ impl Lives {
         Ok(())
     }
 
-    /// The descriptor is closed. Returns whether the connection goes on in the kernel.
+    /// The descriptor is closed. Returns whether it is of somebody who was told of and is alive; who has no name yet was not.
     pub(crate) fn departs(&mut self, cookie: u64) -> bool {
-        let Some(living) = self.living.get_mut(&cookie) else { return false };
+        let Some(living) = self.living.get_mut(&cookie).filter(|living| living.nameless.is_none()) else {
+            return false;
+        };
         living.departed = true;
         true
     }
@@ -562,11 +490,10 @@ impl Lives {
         self.living.values().filter(|l| l.nameless.is_none()).map(|living| (&living.id, living.life.state()))
     }
 
-    /// Forgets handshakes of which nobody would tell any more: events were lost. Who has a life is looked up.
+    /// Forgets handshakes of which nobody would tell any more: events were lost.
     fn forget_requests(&mut self) {
         let living = &self.living;
-        self.requests.retain(|_, request| request.cookie.is_some_and(|cookie| living.contains_key(&cookie)));
-        self.stopped.retain(|flow| self.requests.contains_key(flow));
+        self.handshakes.forget_without(|cookie| living.contains_key(&cookie));
     }
 
     fn bury(&mut self, cookie: u64, tell: &mut impl FnMut(&Identity, Said<'_>)) {
@@ -632,11 +559,6 @@ impl Living {
             tell(&self.id, Said::Moves(&transitions));
         }
     }
-}
-
-/// A request of an IPv4 client to a dual-stack listener has IPv4 addresses, its socket mapped ones.
-fn key(flow: &Flow) -> Flow {
-    flow.canonical().unscoped()
 }
 
 #[cfg(test)]
@@ -749,6 +671,18 @@ mod tests {
                 "s101 ends, departed false"
             ]
         );
+    }
+
+    #[test]
+    fn who_departs_without_a_name_does_so_again_when_he_has_one() {
+        let mut lives = lives(true);
+        let nameless = event(1, 10, flow(false, 0), Kind::Changed { from: Close, to: SynSent });
+        hear(&mut lives, &[nameless]);
+        assert!(!lives.departs(1), "nobody was told of him");
+        hear(&mut lives, &[changed(1, 12, SynSent, Established)]);
+        assert!(lives.departs(1));
+        let end = Event { rtt_us: 0, ..changed(1, 13, Established, Close) };
+        assert_eq!(hear(&mut lives, &[end]), ["c1 ESTABLISHED → CLOSED abort after 1", "c1 ends, departed true"]);
     }
 
     #[test]
@@ -908,7 +842,7 @@ mod tests {
                 "s100 ends, departed false",
             ]
         );
-        assert!(settle(&mut lives, 100).is_empty() && lives.requests.is_empty());
+        assert!(settle(&mut lives, 100).is_empty() && lives.handshakes.len() == 0);
     }
 
     #[test]
@@ -956,7 +890,7 @@ mod tests {
             hear(&mut lives, &[changed(100, 31, SynRecv, Established)]),
             ["s100 begins LISTEN 10", "s100 LISTEN → SYN_RECV syn", "s100 SYN_RECV → ESTABLISHED ack after 21"]
         );
-        assert!(lives.requests.is_empty());
+        assert_eq!(lives.handshakes.len(), 0);
     }
 
     #[test]

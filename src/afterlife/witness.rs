@@ -259,13 +259,13 @@ impl Witness {
     fn round(&mut self, closed: &mut Vec<Closed>) -> usize {
         let now = clock::monotonic();
         let count = closed.len();
-        // Whoever has not ended by what was told so far need not be looked for among those that have.
+        // Whoever is alive by what was told so far need not be looked for among those that have ended.
         closed.retain(|closed| !self.departs(*closed));
         let heard = self.hear();
         let ears = &mut self.ears;
         self.lives.settle(now, &mut |id, said| ears.tell(id, said));
         for closed in closed.drain(..) {
-            // What led to a close(2) was announced before it, so who is unknown still is at its end.
+            // What led to a close(2) was announced before it: who is unknown still is at its end, or was lost.
             if !self.departs(closed) {
                 self.ears.shared.journal.ledger().close(closed.role, closed.cookie, closed.reason);
                 self.ears.shared.has_gone();

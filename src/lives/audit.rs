@@ -4,7 +4,8 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::{Lives, key};
+use super::Lives;
+use super::handshakes::key;
 use crate::kernel::Row;
 use crate::tcp::{ByCookie, Cookies, Flow, Identity, State};
 
@@ -50,7 +51,7 @@ impl Audit {
     /// The reading is over, and what was announced until now was heard. Returns who is elsewhere, if there is any such.
     pub(crate) fn ends(self, lives: &mut Lives, now: Duration) -> Option<Doubts> {
         let before = |at: Duration| at < self.began;
-        let left_over = lives.forget_left_over(self.began, &self.handshakes);
+        let left_over = lives.handshakes.forget_left_over(self.began, &self.handshakes);
         let mut suspects = Vec::new();
         for (cookie, row) in &self.differing {
             let told = lives.state(*cookie);
@@ -131,22 +132,9 @@ impl Lives {
             // That step is not always announced, and looked up by whoever minds.
             Some(living) if living.is_orphan() && state == State::TimeWait => true,
             Some(living) => living.nameless.is_some() || living.life.state() == state,
-            None if state == State::SynRecv && self.requests.contains_key(&key(&row.flow)) => true,
+            None if state == State::SynRecv && self.handshakes.has(&row.flow) => true,
             None => (self.which)(&row.flow, None).is_none(),
         }
-    }
-
-    /// Forgets handshakes that began before `asked` and are not among those that the table shows, for the second time: a dump
-    /// may leave somebody out. Returns how many there were; nobody would ever tell of their end.
-    fn forget_left_over(&mut self, asked: Duration, shown: &HashSet<Flow>) -> u64 {
-        let mut unheard = 0;
-        self.requests.retain(|flow, request| {
-            let unseen = request.at < asked && request.stopped.is_none() && !shown.contains(flow);
-            let left_over = std::mem::replace(&mut request.unseen, unseen) && unseen;
-            unheard += u64::from(left_over && request.heard);
-            !left_over
-        });
-        unheard
     }
 
     /// Whoever is in a state that is told, and not about to leave it.
@@ -259,10 +247,10 @@ mod tests {
         // What became of it was never told of; the request is given one more reading.
         assert_eq!(verdict(&mut lives, &[open, done], |_| ()), 1);
         assert_eq!(verdict(&mut lives, &[open, done], |_| ()), 2);
-        assert_eq!(lives.requests.len(), 1);
+        assert_eq!(lives.handshakes.len(), 1);
         // The next handshake at the same addresses begins when it begins.
         hear(&mut lives, 5, 200, Kind::Requested);
-        assert_eq!(lives.requests[&super::super::key(&flow(5))].at, ms(200));
+        assert_eq!(lives.handshakes.began(&flow(5)), Some(ms(200)));
     }
 
     #[test]
