@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc::error::TrySendError::{self, Full};
 use tokio::sync::{Notify, mpsc, oneshot};
 
@@ -25,6 +24,7 @@ use crate::ledger::Reason;
 use crate::log::OnceAMinute;
 use crate::scope::Scope;
 use crate::tcp::{Cause, Identity, Known, Lifecycle, Role};
+use crate::thread::with_event_loop;
 use follower::Follower;
 pub use tally::{Sum, Tally};
 use witness::Witness;
@@ -121,31 +121,23 @@ impl Afterlife {
             warned: OnceAMinute::default(),
         });
         let room = limit.max(1);
-        let (run, queue): (Box<dyn FnOnce(Runtime) + Send>, _) = match tracepoints {
+        let gone = Gone(Arc::clone(&shared));
+        let queue = match tracepoints {
             None => {
                 let (queue, inbox) = mpsc::channel(room);
                 let follower = Follower::new(Arc::clone(&shared), scope, table);
-                (Box::new(move |runtime| runtime.block_on(follower.run(inbox))), Queue::Follower(queue))
+                with_event_loop("afterlife", move || gone.after(follower.run(inbox)))?;
+                Queue::Follower(queue)
             }
             Some(tracepoints) => {
                 let (closed, inbox) = mpsc::channel(room);
                 let (last, asked) = mpsc::channel(1);
                 let counts_all = tracepoints.tells_of_timers();
                 let (witness, tally) = Witness::new(Arc::clone(&shared), scope, table, tracepoints)?;
-                let tally = counts_all.then_some(tally);
-                (
-                    Box::new(move |runtime| runtime.block_on(witness.run(inbox, asked))),
-                    Queue::Witness { closed, last, tally },
-                )
+                with_event_loop("afterlife", move || gone.after(witness.run(inbox, asked)))?;
+                Queue::Witness { closed, last, tally: counts_all.then_some(tally) }
             }
         };
-        // After all that may fail: whoever starts this is in an event loop, where none may be dropped.
-        let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
-        let gone = Gone(Arc::clone(&shared));
-        std::thread::Builder::new().name("afterlife".into()).spawn(move || {
-            let _gone = gone;
-            run(runtime);
-        })?;
         Ok(Afterlife(Arc::new(Handle { shared, queue })))
     }
 
@@ -240,6 +232,14 @@ impl Afterlife {
 
 /// When the follower's thread ends, nobody must wait for it any more.
 struct Gone(Arc<Shared>);
+
+impl Gone {
+    /// Is there until `work` has ended, however it does.
+    async fn after(self, work: impl Future<Output = ()>) {
+        work.await;
+        drop(self);
+    }
+}
 
 impl Drop for Gone {
     fn drop(&mut self) {

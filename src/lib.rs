@@ -28,6 +28,7 @@
 //!    config.rs      what was typed → plain role configurations
 //!    progress.rs    the bar of a bounded run that somebody watches
 //!    shutdown.rs    signals, the stop token
+//!    thread.rs      threads with an event loop of their own
 //!    log.rs         the subscriber: terminal and JSON, a bounded queue
 //! 0  tcp.rs         State, Evidence, Transition, Lifecycle: pure, no clock, no I/O
 //!    kernel.rs      the only `unsafe`: TCP_INFO, SO_COOKIE, sock_diag, eBPF, /proc, BPF filters
@@ -76,5 +77,6 @@ pub mod shutdown;
 pub mod source;
 pub mod survey;
 pub mod tcp;
+mod thread;
 pub mod watch;
 pub mod web;

@@ -22,6 +22,7 @@ use crate::live::Live;
 use crate::log::OnceAMinute;
 use crate::metrics::SurveyMetrics;
 use crate::tcp::{Flow, State, StateSet};
+use crate::thread::with_event_loop;
 use announced::Announced;
 use tracker::{LATE, Tracker};
 
@@ -71,7 +72,6 @@ impl Survey {
         interval: Duration,
         tracepoints: Option<Tracepoints>,
     ) -> io::Result<Survey> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (ask, asked) = mpsc::channel(64);
         let Told { metrics, live } = told;
         let announced = tracepoints.map(|t| Announced::new(t, selection.clone(), Arc::clone(&metrics), live));
@@ -88,7 +88,7 @@ impl Survey {
             lost: false,
             warned: OnceAMinute::default(),
         };
-        std::thread::Builder::new().name("survey".into()).spawn(move || runtime.block_on(surveyor.run(asked)))?;
+        with_event_loop("survey", move || surveyor.run(asked))?;
         Ok(Survey(ask))
     }
 

@@ -65,12 +65,11 @@ pub(super) fn observe(
     let by_table = table.observer();
     let second = open_table(Some(by_table))?;
     let kernel = match kernel {
-        Announcements::Here { mut tracepoints, gave_up } if common.observer.is_none() => {
-            match tracepoints.tell_of(scope.services()) {
-                Ok(_) => Announcements::Here { tracepoints, gave_up },
-                Err(error) => Announcements::Refused(error),
-            }
-        }
+        Announcements::Here { mut tracepoints, gave_up } => match tracepoints.tell_of(scope.services()) {
+            Ok(_) => Announcements::Here { tracepoints, gave_up },
+            Err(error) if common.observer.is_some() => return Err(error).context("observer ebpf"),
+            Err(error) => Announcements::Refused(error),
+        },
         as_it_is => as_it_is,
     };
     let (tracepoints, no_ebpf) = announce(kernel, common.observer, by_table)?;

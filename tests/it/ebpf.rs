@@ -494,7 +494,7 @@ fn with_too_many_services_one_line_says_so_and_who_asks_for_it_is_told() {
     let said = String::from_utf8_lossy(&asked.stderr);
     assert_eq!(asked.status.code(), Some(1), "{said}");
     assert!(
-        said.contains("start the follower: services to count: 1100 of at most 1024") && !said.contains("panicked"),
+        said.contains("observer ebpf: services to count: 1100 of at most 1024") && !said.contains("announces"),
         "{said}"
     );
 }

@@ -29,6 +29,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("config", 1),
     ("shutdown", 1),
     ("log", 1),
+    ("thread", 1),
     ("tcp", 0),
     ("kernel", 0),
 ];
