@@ -108,11 +108,11 @@ fn hold_and_compare(count: Count) {
     ]);
     let address = pair.server();
     let port = address.port();
-    // We close first: TIME_WAIT is ours, the server's end is gone. From another address than the rest: after a second the
+    // We close first: TIME_WAIT is ours, the server's end is gone. Each from an address of its own: after a second the
     // kernel gives a TIME_WAIT's port to the next connection between the same two addresses.
-    for _ in 0..300 {
+    for i in 0..300 {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 1 + (i / 200) as u8, 1 + (i % 200) as u8], 0)).into()).unwrap();
         socket.connect(&address.into()).unwrap();
         socket.shutdown(Shutdown::Write).unwrap();
         assert_eq!((&socket).read(&mut [0]).unwrap(), 0);
