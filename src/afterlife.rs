@@ -85,6 +85,8 @@ struct Closed {
     role: Role,
     cookie: u64,
     reason: Reason,
+    /// Until when its beginning may still be announced.
+    until: Option<Duration>,
 }
 
 struct Shared {
@@ -174,7 +176,7 @@ impl Afterlife {
         let Queue::Witness { closed, .. } = &self.0.queue else { return };
         self.0.shared.one_more();
         // What the kernel announces it announces without being asked: however many there are, no one is given up.
-        if let Err(refused) = closed.try_send(Closed { role, cookie, reason }) {
+        if let Err(refused) = closed.try_send(Closed { role, cookie, reason, until: None }) {
             self.0.shared.refused(&refused);
         }
     }

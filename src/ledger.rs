@@ -177,16 +177,16 @@ impl Ledger {
         }
     }
 
-    /// Notes why the descriptor was closed. The life may go on in the kernel.
-    pub fn close(&self, role: Role, cookie: u64, reason: Reason) {
+    /// Notes why the descriptor was closed. The life may go on in the kernel. Returns whether there is such a life.
+    pub fn close(&self, role: Role, cookie: u64, reason: Reason) -> bool {
         if let Some(life) = self.shard(cookie).get_mut(&cookie) {
             life.reason = Some(reason);
-            return;
+            return true;
         }
         // Its end was seen a moment ago: it is among the last that ended.
-        if let Some(life) = lock(&self.ended[role as usize]).iter_mut().rev().find(|life| life.cookie == cookie) {
-            life.reason = Some(reason);
-        }
+        let mut ended = lock(&self.ended[role as usize]);
+        let life = ended.iter_mut().rev().find(|life| life.cookie == cookie);
+        life.map(|life| life.reason = Some(reason)).is_some()
     }
 
     /// Gives a life up: it goes on, but nobody follows it.

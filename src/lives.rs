@@ -172,7 +172,8 @@ impl Lives {
         }
         let timers = self.timers;
         let Some(living) = self.of(event, from, tell) else { return };
-        // Of two sockets of one request, the one that is thrown away has what the request had, too.
+        // Of two sockets of one request, the one that is thrown away has what the request had, too. No round trip was measured
+        // by it; a sole one that ends in SYN_RECV is taken for such a one.
         let is_spare = from == State::SynRecv && event.rtt_us == 0;
         if to == State::Close && living.nameless.is_none() && !is_spare {
             tell(&living.id, Said::Path { rtt_us: event.rtt_us, retransmits: event.retransmits });

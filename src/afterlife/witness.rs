@@ -21,6 +21,10 @@ use crate::tcp::{Cookies, Identity, State, StateSet};
 /// So many events at once are many.
 const MANY: usize = 64;
 
+/// What led to a close(2) was announced before it. It may be behind an event that another CPU has not finished, for as long as
+/// that is interrupted; after this long it was lost.
+const LATE: Duration = Duration::from_millis(50);
+
 /// How often losses are looked for.
 const CHECK: Duration = Duration::from_millis(100);
 
@@ -238,10 +242,11 @@ impl Witness {
         let now = clock::monotonic();
         // Losses, and orphans, show although nothing else does.
         let check = self.lives.each().next().is_some().then_some(CHECK);
+        let late = (!closed.is_empty()).then_some(GATHER);
         // Nobody may be known to be alive because nobody was announced.
         let audit = self.next_audit.saturating_sub(now).max(CHECK);
         let rest = if self.tracepoints.tells_of_timers() { audit } else { REST };
-        let pause = self.lives.next(now).into_iter().chain(check).fold(rest, Duration::min);
+        let pause = self.lives.next(now).into_iter().chain(check).chain(late).fold(rest, Duration::min);
         let heard = async {
             if let Some(alarm) = alarm {
                 drop(alarm.rings().await);
@@ -254,8 +259,8 @@ impl Witness {
         }
     }
 
-    /// Everything that was announced, and whose descriptor was closed.
-    /// Returns how much was announced.
+    /// Everything that was announced, and whose descriptor was closed; whoever is not known yet stays in `closed`. Returns how
+    /// much was announced.
     fn round(&mut self, closed: &mut Vec<Closed>) -> usize {
         let now = clock::monotonic();
         let count = closed.len();
@@ -264,14 +269,19 @@ impl Witness {
         let heard = self.hear();
         let ears = &mut self.ears;
         self.lives.settle(now, &mut |id, said| ears.tell(id, said));
-        for closed in closed.drain(..) {
-            // What led to a close(2) was announced before it: who is unknown still is at its end, or was lost.
-            if !self.departs(closed) {
-                self.ears.shared.journal.ledger().close(closed.role, closed.cookie, closed.reason);
-                self.ears.shared.has_gone();
+        closed.retain_mut(|closed| {
+            if self.departs(*closed) {
+                return false;
             }
-        }
-        self.ears.shared.unseen.fetch_sub(count, Ordering::AcqRel);
+            let Closed { role, cookie, reason, until } = closed;
+            let until = *until.get_or_insert(now + LATE);
+            if self.ears.shared.journal.ledger().close(*role, *cookie, *reason) || now >= until {
+                self.ears.shared.has_gone();
+                return false;
+            }
+            true
+        });
+        self.ears.shared.unseen.fetch_sub(count - closed.len(), Ordering::AcqRel);
         let now = clock::monotonic();
         if now >= self.next_names && self.lives.wants_names(now) {
             self.next_names = now + NAMES;
@@ -300,7 +310,7 @@ impl Witness {
     }
 
     /// A descriptor was closed. Returns whether the connection is known, and goes on.
-    fn departs(&mut self, Closed { role, cookie, reason }: Closed) -> bool {
+    fn departs(&mut self, Closed { role, cookie, reason, .. }: Closed) -> bool {
         let goes_on = self.lives.departs(cookie);
         if goes_on {
             self.ears.shared.journal.ledger().close(role, cookie, reason);

@@ -197,13 +197,16 @@ impl Tracepoints {
         // One byte of it changes, so nobody reads half of a change.
         let begun = self.current.set(0, u32::from(era), 0);
         begun.map_err(|error| TraceError::refused("begin to count anew", &error))?;
-        wait_for_programs();
         self.era = era;
         for (place, (role, port)) in services.iter().enumerate() {
             let refused = |error: MapError| TraceError::refused(format!("watch {role} port {port}"), &error);
             let mut places = self.ports.get(&u32::from(*port), 0).map_err(refused)?;
             places[*role as usize] = place as u32 + 1;
             self.ports.set(u32::from(*port), places, 0).map_err(refused)?;
+        }
+        // Otherwise everything is counted anew all the time.
+        if self.tells_of_timers() {
+            wait_for_programs();
         }
         Ok(era)
     }
