@@ -98,7 +98,9 @@ export async function announcedToAWatch(browser, binary, look) {
     assert(await page.locator('#log .conn').first().isDisabled() && await page.locator('#lives').isHidden(), 'nobody’s ladder can be drawn');
     assert(await page.getByText('Counts only.').isHidden(), 'it is not counts only');
     const listed = await text(page, '#log .badge');
-    assert(listed.every((evidence) => ['tracepoint', 'sock_diag'].includes(evidence)), `seen by ${listed}`);
+    // A kernel may hide a change while some process is at work: that is told, and rare (docs/ebpf.md, Losses).
+    const unheard = listed.filter((evidence) => !['tracepoint', 'sock_diag'].includes(evidence));
+    assert(unheard.length <= 2, `of ${listed.length} steps: ${unheard}`);
     await axe(page, 'a watch by eBPF');
     await look(page);
   } else assert(process.getuid() !== 0, `root’s watch sees by ${observer}`);
