@@ -321,12 +321,7 @@ impl Witness {
     /// Takes in what was announced; returns how much that was.
     fn hear(&mut self) -> usize {
         let (ears, lives) = (&mut self.ears, &mut self.lives);
-        let mut heard = 0;
-        self.tracepoints.drain(|event| {
-            heard += 1;
-            lives.hear(event, &mut |id, said| ears.tell(id, said));
-        });
-        heard
+        self.tracepoints.drain(|event| lives.hear(event, &mut |id, said| ears.tell(id, said)))
     }
 
     /// What was not announced, and is not known to be lost, shows in the table.

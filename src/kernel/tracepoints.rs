@@ -240,16 +240,17 @@ impl Tracepoints {
     }
 
     /// Calls `told` with each event that waits, in the order in which they happened on each CPU; with a ring's worth at most,
-    /// so that there is an end to it however fast they come.
-    pub fn drain(&mut self, mut told: impl FnMut(&Event)) {
-        for _ in 0..RING {
-            let Some(item) = self.ring.next() else { return };
+    /// so that there is an end to it however fast they come. Returns how many there were.
+    pub fn drain(&mut self, mut told: impl FnMut(&Event)) -> usize {
+        for count in 0..RING {
+            let Some(item) = self.ring.next() else { return count };
             if let Some(event) = Event::read(&item) {
                 told(&event);
             } else {
                 tracing::debug!(length = item.len(), "an event that this program does not know");
             }
         }
+        RING
     }
 
     /// How many events were lost, ever.

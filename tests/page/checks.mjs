@@ -101,6 +101,7 @@ export async function announcedToAWatch(browser, binary, look) {
     // A kernel may hide a change while some process is at work: that is told, and rare (docs/ebpf.md, Losses).
     const unheard = listed.filter((evidence) => !['tracepoint', 'sock_diag'].includes(evidence));
     assert(unheard.length <= 2, `of ${listed.length} steps: ${unheard}`);
+    if (unheard.length) await until('them to be counted', async () => await watch.metric('echoscope_observer_lost_events_total') > 0);
     await axe(page, 'a watch by eBPF');
     await look(page);
   } else assert(process.getuid() !== 0, `root’s watch sees by ${observer}`);
