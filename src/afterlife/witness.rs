@@ -132,6 +132,7 @@ impl Witness {
     fn begin(&mut self) -> anyhow::Result<()> {
         let began = Instant::now();
         let era = self.tracepoints.tell_of(self.scope.services())?;
+        self.tracepoints.wait_for_programs();
         let asked = clock::monotonic();
         let mut rows = Vec::new();
         if self.table.each(&self.all, |row| rows.push(*row))? {

@@ -204,11 +204,20 @@ impl Tracepoints {
             places[*role as usize] = place as u32 + 1;
             self.ports.set(u32::from(*port), places, 0).map_err(refused)?;
         }
-        // Otherwise everything is counted anew all the time.
-        if self.tells_of_timers() {
-            wait_for_programs();
-        }
         Ok(era)
+    }
+
+    /// Waits until every program that had begun has ended, before the table is read: one that has read which counts are in use
+    /// would otherwise add to those of before after that. membarrier(2) waits for all that runs under RCU, as programs do: ten
+    /// or twenty milliseconds.
+    pub fn wait_for_programs(&self) {
+        // Otherwise everything is counted anew all the time.
+        if self.tells_of_timers()
+            && let Err(error) = rustix::thread::membarrier(MembarrierCommand::Global)
+        {
+            // A sandbox, or CPUs without a tick (nohz_full). What it is for is rare.
+            tracing::debug!(%error, "membarrier");
+        }
     }
 
     /// Lets the program know of a minisocket in FIN_WAIT2 that was there before it.
@@ -397,15 +406,6 @@ fn take(programs: &mut Ebpf, map: &str) -> Result<aya::maps::Map, TraceError> {
         what: format!("map {map}"),
         why: "the program has none of that name".to_owned(),
     })
-}
-
-/// Waits until every program that had begun has ended: membarrier(2) waits for all that runs under RCU, as programs do.
-/// One that has read which counts are in use would otherwise add to those of before, after the table was read.
-fn wait_for_programs() {
-    if let Err(error) = rustix::thread::membarrier(MembarrierCommand::Global) {
-        // A sandbox, or CPUs without a tick (nohz_full). What it is for is rare.
-        tracing::debug!(%error, "membarrier");
-    }
 }
 
 /// The kernel's own name for the network namespace that this thread is in.
