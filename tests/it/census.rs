@@ -2,11 +2,14 @@
 
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::process::Command;
 
+use echoscope::kernel::{Table, sockopt};
+use echoscope::tcp::Flow;
 use socket2::{Domain, Socket, Type};
 
-use crate::support::{Echoscope, try_until};
+use crate::support::{Echoscope, try_until, until};
 
 /// By our name, by that of ss, and by the number in /proc/net/tcp.
 const STATES: [(&str, &str, &str); 11] = [
@@ -82,6 +85,18 @@ fn known_numbers_read_the_same_here_and_in_ss() {
     hold_and_compare(ss);
 }
 
+/// A connection that we close first, and that is in TIME_WAIT then; by what its socket is known.
+fn close_first(from: SocketAddr, to: SocketAddr) -> (Flow, u64) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&from.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    let local = socket.local_addr().unwrap().as_socket().unwrap();
+    let cookie = sockopt::cookie(socket.as_fd()).unwrap();
+    socket.shutdown(Shutdown::Write).unwrap();
+    assert_eq!((&socket).read(&mut [0]).unwrap(), 0);
+    (Flow { local, peer: to }, cookie)
+}
+
 /// 200 ESTABLISHED, 50 CLOSE_WAIT, 300 TIME_WAIT, 3 LISTEN, held while both look.
 fn hold_and_compare(count: Count) {
     // Three workers with a listening socket each, two connections served by each, one of all by the pair's own client
@@ -108,15 +123,20 @@ fn hold_and_compare(count: Count) {
     ]);
     let address = pair.server();
     let port = address.port();
-    // We close first: TIME_WAIT is ours, the server's end is gone. Each from an address of its own: after a second the
-    // kernel gives a TIME_WAIT's port to the next connection between the same two addresses.
-    for i in 0..300 {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.bind(&SocketAddr::from(([127, 0, 1 + (i / 200) as u8, 1 + (i % 200) as u8], 0)).into()).unwrap();
-        socket.connect(&address.into()).unwrap();
-        socket.shutdown(Shutdown::Write).unwrap();
-        assert_eq!((&socket).read(&mut [0]).unwrap(), 0);
-    }
+    // We close first: TIME_WAIT is ours, the server's end is gone. A TIME_WAIT may end at once: where the server's FIN and an
+    // ACK of its cross, ours to that ACK finds nobody, and the RST that answers it ends the TIME_WAIT (RFC 1337). Then
+    // another one takes its place. Each has an address of its own: after a second the kernel gives a TIME_WAIT's port to the
+    // next connection between the same two addresses.
+    let mut addresses = (1u8..=250).flat_map(|c| (1u8..=250).map(move |d| SocketAddr::from(([127, 1, c, d], 0))));
+    let (mut table, _) = Table::open(None).unwrap();
+    let mut waiting: Vec<(Flow, u64)> = Vec::new();
+    until("300 TIME_WAITs", || {
+        waiting.retain(|(flow, cookie)| table.find(flow, *cookie).unwrap().is_some());
+        (waiting.len() == 300).then_some(()).or_else(|| {
+            waiting.extend((waiting.len()..300).map(|_| close_first(addresses.next().unwrap(), address)));
+            None
+        })
+    });
     let established: Vec<TcpStream> = (0..199).map(|_| TcpStream::connect(address).unwrap()).collect();
     let half_closed: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(address).unwrap()).collect();
     for stream in &half_closed {
