@@ -22,9 +22,9 @@ pub(super) struct Handshakes {
     requests: HashMap<Flow, Request, foldhash::quality::RandomState>,
     /// Whose clock was stopped, or has run down: it may start anew.
     stopped: Vec<Flow>,
-    /// Those that were complete a moment ago, and whether their request was told of: there may have been none (SYN cookies),
-    /// or it went unheard.
-    completed: Vec<(Flow, Duration, bool)>,
+    /// Those that were complete a moment ago, and their request if it was told of: there may have been none (SYN cookies), or
+    /// it went unheard.
+    completed: Vec<(Flow, Duration, Option<Request>)>,
 }
 
 /// A handshake that is not complete.
@@ -84,7 +84,7 @@ impl Handshakes {
         }
         // It had a request.
         let completed = self.completed.iter().position(|(other, ..)| *other == flow);
-        completed.is_some_and(|i| !self.completed.swap_remove(i).2)
+        completed.is_some_and(|i| self.completed.swap_remove(i).2.is_none())
     }
 
     /// A SYN+ACK was sent again. Returns whose life has to tell of it; where there is none yet, it is kept for it.
@@ -101,21 +101,25 @@ impl Handshakes {
         self.requests.contains_key(&key(flow))
     }
 
-    /// The third segment is in.
-    pub(super) fn take(&mut self, flow: &Flow) -> Option<Request> {
-        self.requests.remove(&key(flow))
-    }
-
-    /// Takes note that one is complete, and whether its request was told of.
-    pub(super) fn note_complete(&mut self, flow: &Flow, at: Duration, told: bool) {
-        // Two segments at once may make two sockets of one request, of which one is thrown away
-        // (inet_csk_complete_hashdance).
+    /// The third segment is in, and a socket made. Two segments at once may make two of one request, of which one is thrown
+    /// away (inet_csk_complete_hashdance): both are of the request that was told of.
+    pub(super) fn complete(&mut self, flow: &Flow, at: Duration) -> Option<Request> {
         if self.completed.len() >= FEW {
             self.completed.retain(|(_, completed, _)| at.saturating_sub(*completed) < SETTLED);
         }
         let flow = key(flow);
-        let told = told || self.completed.iter().any(|(other, ..)| *other == flow);
-        self.completed.push((flow, at, told));
+        let request = self.requests.remove(&flow).or_else(|| {
+            let sibling = self.completed.iter().find(|(other, ..)| *other == flow);
+            // What was sent again is told once.
+            sibling.and_then(|(.., request)| *request).map(|request| Request { retransmits: 0, ..request })
+        });
+        self.completed.push((flow, at, request));
+        request
+    }
+
+    /// Nothing is left of it.
+    pub(super) fn forget(&mut self, flow: &Flow) {
+        self.requests.remove(&key(flow));
     }
 
     /// Those whose clock was stopped a while ago, and has not started anew.
