@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod census;
+mod compose;
 mod confined;
 mod dashboards;
 mod drain;
