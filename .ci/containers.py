@@ -31,10 +31,11 @@ CORE = ["server", "client", "watch", "prometheus"]
 # Each profile: its services, which alerts it must fire at which instance within how many seconds, and which figures of
 # which instances turn red.
 TROUBLE = {
-    "leak": (["leaky", "leaked"], [("EchoscopeCloseWaitLeak", "leaky:9907", 240)], ("leaky:9907", ["CLOSE_WAIT", "Oldest CLOSE_WAIT", "Alerts firing"])),
+    "leak": (["leaky", "leaked"], [("EchoscopeCloseWaitLeak", "leaky:9907", 300)], ("leaky:9907", ["CLOSE_WAIT", "Oldest CLOSE_WAIT", "Alerts firing"])),
     "churn": (
         ["churned", "churn"],
-        [("EchoscopeLocalPortsWillRunOut", "churn:9907", 90), ("EchoscopeLocalPortsExhausted", "churn:9907", 180)],
+        # Without ports an echo fails too.
+        [("EchoscopeLocalPortsWillRunOut", "churn:9907", 90), ("EchoscopeLocalPortsExhausted", "churn:9907", 180), ("EchoscopeEchoFailing", "churn:9907", 180)],
         ("churn:9907", ["Local ports used", "Alerts firing"]),
     ),
     "flaky": (
@@ -45,8 +46,6 @@ TROUBLE = {
 }
 # Every profile.
 PROFILES = [*TROUBLE, "ebpf"]
-# What else these must lead to, and nothing besides: without ports an echo fails too.
-ALSO = {("EchoscopeEchoFailing", "churn:9907")}
 RESOLVED_WITHIN = 300
 
 
@@ -70,7 +69,8 @@ def compose(*arguments, profiles=(), check=True):
 
 
 def inspect(service):
-    container = compose("ps", "-q", service, profiles=PROFILES).strip()
+    # Also one that has ended.
+    container = compose("ps", "-a", "-q", service, profiles=PROFILES).strip()
     return json.loads(run("docker", "inspect", container))[0]
 
 
@@ -115,7 +115,7 @@ def image():
     labels = [f"org.opencontainers.image.{l}" for l in ("title", "description", "licenses", "version", "revision")]
     if absent := [l for l in labels if not config["Labels"].get(l)]:
         fail("the image lacks labels:", absent)
-    if version := set(re.findall(r'^version = "(.*)"', pathlib.Path("Cargo.toml").read_text(), re.M)) - {config["Labels"][labels[3]]}:
+    if (version := re.findall(r'^version = "(.*)"', pathlib.Path("Cargo.toml").read_text(), re.M)) != [config["Labels"][labels[3]]]:
         fail("the image's version is not", version)
     container = run("docker", "create", IMAGE).strip()
     try:
@@ -173,11 +173,18 @@ def hardened(service, **allowed):
     if not any(m[4] == "/" and "ro" in m[5].split(",") for m in mounts):
         fail(service, "can write to its root")
     host = about["HostConfig"]
-    if not (host["Memory"] and host["NanoCpus"] and host["PidsLimit"]):
-        fail(service, "has no limits")
-    for bindings in (host["PortBindings"] or {}).values():
-        if any(b["HostIp"] != "127.0.0.1" for b in bindings):
-            fail(service, "is published beyond this machine")
+    descriptors = re.search(r"^Max open files +(\d+) +(\d+)", (root / "limits").read_text(), re.M).groups()
+    if not (host["Memory"] and host["NanoCpus"] and host["PidsLimit"]) or descriptors != ("16384", "16384"):
+        fail(service, "has not its limits:", host, descriptors)
+
+
+def published():
+    """Every service that is published is so on this machine only."""
+    bindings = {s: inspect(s)["HostConfig"]["PortBindings"] or {} for s in CORE}
+    if not all(bindings[s] for s in ("server", "client", "prometheus")):
+        fail("not published:", bindings)
+    if beyond := [(s, b) for s, ports in bindings.items() for at in ports.values() for b in at if b["HostIp"] != "127.0.0.1"]:
+        fail("published beyond this machine:", beyond)
 
 
 # The kernel's own announcements
@@ -227,15 +234,21 @@ def by_the_kernels_word():
 # The dashboards
 
 
-def jobs_of(dashboard):
-    """The jobs that the dashboard's own variable offers: "All" is these, not whatever else Prometheus scrapes."""
-    variable = next(v for v in dashboard["templating"]["list"] if v["name"] == "job")
-    metric = re.fullmatch(r"label_values\((.*), job\)", variable["query"]["query"])[1]
-    return sorted({series["job"] for series in ask("series", **{"match[]": metric, "start": time.time() - 30})})
+def chosen(dashboard):
+    """The jobs and instances that the dashboard's own variables offer: "All" is these, not whatever else Prometheus scrapes."""
+    values = {}
+    for name in ("job", "instance"):
+        variable = next(v for v in dashboard["templating"]["list"] if v["name"] == name)
+        metric = re.fullmatch(rf"label_values\((.*), {name}\)", variable["query"]["query"])[1]
+        for other, value in values.items():
+            metric = metric.replace(other, value)
+        offered = sorted({series[name] for series in ask("series", **{"match[]": metric, "start": time.time() - 30})})
+        values[f"${name}"] = variable.get("allValue") or "|".join(offered)
+    return values
 
 
-def substituted(expr, jobs, instance=".*"):
-    values = {"$job": "|".join(jobs), "$instance": instance, "$role": ".*", "$__rate_interval": "20s", "$__range": "5m"}
+def substituted(expr, choice, instance=None):
+    values = choice | {"$role": ".*", "$__rate_interval": "20s", "$__range": "5m"} | ({"$instance": instance} if instance else {})
     for variable, value in values.items():
         expr = expr.replace(variable, value)
     if "$" in expr:
@@ -249,24 +262,24 @@ def dashboards():
 
 
 def panels():
-    """Every panel, and the jobs that its dashboard is about now."""
+    """Every panel, and what its dashboard is about now."""
     for file, dashboard in dashboards():
-        jobs = jobs_of(dashboard)
+        choice = chosen(dashboard)
         rows = [p for p in dashboard["panels"] if p["type"] == "row"]
         for panel in dashboard["panels"] + [inner for row in rows for inner in row["panels"]]:
             if panel["type"] != "row":
-                yield f"{file}: {panel['title']}", panel, jobs
+                yield f"{file}: {panel['title']}", panel, choice
 
 
-def complaint_of(name, target, jobs):
+def complaint_of(name, target, choice):
     """What is wrong with the answer to a panel's query, if anything."""
-    result = ask("query", query=substituted(target["expr"], jobs))["result"]
+    result = ask("query", query=substituted(target["expr"], choice))["result"]
     if not result:
         return f"{name}: no data: {target['expr']}"
     for series in result:
         if not math.isfinite(float(series["value"][1])):
             return f"{name}: {series}"
-        if series["metric"].get("job") not in [None, *jobs]:
+        if series["metric"].get("job") not in [None, *choice["$job"].split("|")]:
             return f"{name}: of another job: {series['metric']}"
         for label in re.findall(r"\{\{\s*(\w+)\s*\}\}", target["legendFormat"]):
             if not series["metric"].get(label):
@@ -275,7 +288,7 @@ def complaint_of(name, target, jobs):
 
 
 def complaints():
-    found = (complaint_of(name, target, jobs) for name, panel, jobs in panels() for target in panel["targets"])
+    found = (complaint_of(name, target, choice) for name, panel, choice in panels() for target in panel["targets"])
     return [complaint for complaint in found if complaint]
 
 
@@ -288,23 +301,24 @@ def every_panel():
             if variable["type"] != "query":
                 continue
             metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
-            series = ask("series", **{"match[]": substituted(metric, jobs_of(dashboard))})
+            series = ask("series", **{"match[]": substituted(metric, chosen(dashboard))})
             if not {s.get(label) for s in series} - {None}:
                 fail(f"the variable {variable['name']} has no values")
 
 
 def figures(instance):
     """Every figure of the dashboards by its title, and the colour that its thresholds give it now, for these instances."""
-    for name, panel, jobs in panels():
+    for name, panel, choice in panels():
         steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
         if panel["type"] == "stat" and len(steps) > 1:
-            result = ask("query", query=substituted(panel["targets"][0]["expr"], jobs, instance))["result"]
-            value = float(result[0]["value"][1]) if result else math.nan
-            reached = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
-            yield panel["title"], reached[-1]
+            result = ask("query", query=substituted(panel["targets"][0]["expr"], choice, instance))["result"]
+            # One that has nothing to show has no colour.
+            for value in (float(series["value"][1]) for series in result):
+                if math.isfinite(value):
+                    yield panel["title"], [s["color"] for s in steps if s["value"] is None or value >= s["value"]][-1]
 
 
-def red(instance=".*"):
+def red(instance=None):
     return {title for title, colour in figures(instance) if colour == "red"}
 
 
@@ -315,7 +329,27 @@ def firing():
     return {(a["labels"]["alertname"], a["labels"].get("instance")) for a in ask("alerts")["alerts"] if a["state"] == "firing"}
 
 
+def have_fired(since):
+    """Every alert that has fired since then, and where."""
+    result = ask("query", query=f'count_over_time(ALERTS{{alertstate="firing"}}[{math.ceil(time.time() - since)}s])')["result"]
+    return {(s["metric"]["alertname"], s["metric"].get("instance")) for s in result}
+
+
+def ahead_of_time(since):
+    """The alert that ports will run out fired while there were some, and before the one that says there are none."""
+    def first(expr):
+        series = ask("query_range", query=expr, start=since, end=time.time(), step=1)["result"]
+        return min(float(at) for s in series for at, _ in s["values"])
+
+    warned, gone = (first(f'ALERTS{{alertname="EchoscopeLocalPorts{what}",alertstate="firing"}}') for what in ("WillRunOut", "Exhausted"))
+    share = ask("query", query='instance_target:echoscope_local_ports_used:ratio{instance="churn:9907"}', time=warned)["result"]
+    if warned >= gone or float(share[0]["value"][1]) >= 0.95:
+        fail("LocalPortsWillRunOut is late:", warned, gone, share)
+    say(f"LocalPortsWillRunOut fired {gone - warned:.0f} s before LocalPortsExhausted, with {float(share[0]['value'][1]):.0%} of the ports taken")
+
+
 def trouble():
+    before = time.time()
     await_that("quiet before the trouble", 60, lambda: firing() | red())
     services = [s for services, _, _ in TROUBLE.values() for s in services]
     compose("up", "-d", *services, profiles=PROFILES)
@@ -328,13 +362,15 @@ def trouble():
     for profile, (_, _, (instance, titles)) in TROUBLE.items():
         await_that(f"{profile} to turn the figures of {instance} red", 30, lambda: set(titles) - red(instance))
     say("the dashboards are red:", ", ".join(sorted(red())))
-    if unexpected := firing() - {(alert, instance) for _, alerts, _ in TROUBLE.values() for alert, instance, _ in alerts} - ALSO:
-        fail("alerts that nothing led to:", unexpected)
+    ahead_of_time(before)
     # The leak's server first: it gives its connections an end, and none has to be reset.
     compose("rm", "-s", "-f", *(s for s in services if s != "leaked"), profiles=PROFILES)
     compose("rm", "-s", "-f", "leaked", profiles=PROFILES)
     took = await_that("all alerts to resolve", RESOLVED_WITHIN, lambda: firing() | red())
     say(f"all resolved, and no figure red, {took:.0f} s after the trouble ended")
+    # From the first scrape on, while they drained, and when they were gone.
+    if unexpected := have_fired(before) - {(alert, instance) for _, alerts, _ in TROUBLE.values() for alert, instance, _ in alerts}:
+        fail("alerts that nothing led to:", unexpected)
 
 
 # The end
@@ -342,7 +378,7 @@ def trouble():
 
 def marks(expr, dashboard, since):
     """The moments that Grafana would mark: of the values of an annotation's query those above zero."""
-    result = ask("query_range", query=substituted(expr, jobs_of(dashboard)), start=since, end=time.time(), step=5)["result"]
+    result = ask("query_range", query=substituted(expr, chosen(dashboard)), start=since, end=time.time(), step=5)["result"]
     return [value for series in result for value in series["values"] if float(value[1]) > 0]
 
 
@@ -381,6 +417,8 @@ def stop():
 
     await_that("annotations of drain and restart", 60, unmarked)
     say("drain and restart are marked on every dashboard")
+    if fired := have_fired(before):
+        fail("a clean stop and a restart led to alerts:", fired)
 
 
 def ours():
@@ -390,13 +428,16 @@ def ours():
     return " ".join([*left, run("docker", "image", "ls", "-q", IMAGE)]).split()
 
 
-def dangling():
-    return set(run("docker", "images", "-q", "--filter", "dangling=true").split())
+def stages():
+    """Images without a name that are the stage in which ours is built."""
+    unnamed = run("docker", "images", "-q", "--filter", "dangling=true").split()
+    about = json.loads(run("docker", "image", "inspect", *unnamed)) if unnamed else []
+    return {a["Id"] for a in about if "CARGO_PROFILE_RELEASE_STRIP=debuginfo" in (a["Config"]["Env"] or [])}
 
 
 @contextlib.contextmanager
 def cleaned_up():
-    before = dangling()
+    before = stages()
     try:
         yield
     except BaseException:
@@ -406,7 +447,7 @@ def cleaned_up():
         compose("down", "-v", "-t", "5", "--remove-orphans", profiles=PROFILES, check=False)
         run("docker", "image", "rm", IMAGE, check=False)
         # The stage that the image was built in has no name with some builders; its layers stay in the cache otherwise.
-        for image in dangling() - before:
+        for image in stages() - before:
             run("docker", "image", "rm", image, check=False)
         if left := ours():
             print("containers: left behind:", left, file=sys.stderr)
@@ -421,10 +462,13 @@ def main():
         signal.signal(name, lambda *_: sys.exit(143))
     with cleaned_up():
         compose("config", "-q", profiles=PROFILES)
+        if sorted(there := compose("config", "--profiles").split()) != sorted(PROFILES):
+            fail("the compose file has the profiles", there, "and here are", PROFILES)
         image()
         start()
         for service in ("server", "client", "watch"):
             hardened(service)
+        published()
         say("server, client and watch: no root, no capability, no new privileges, seccomp, read-only, limited, on loopback only")
         by_the_kernels_word()
         every_panel()
