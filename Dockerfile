@@ -7,6 +7,8 @@
 ARG RUST_IMAGE=rust:1.95-bookworm
 
 FROM ${RUST_IMAGE} AS build
+# Or quick: see Cargo.toml.
+ARG BUILD_PROFILE=release
 WORKDIR /src
 # The target is named although it is the host's: so the flags stay off build scripts and procedural macros, which
 # cannot be static. Symbols are kept for backtraces, line tables are not: they would double the image.
@@ -17,13 +19,13 @@ COPY Cargo.toml Cargo.lock ./
 RUN mkdir src benches \
  && echo 'fn main() {}' | tee src/main.rs benches/census.rs benches/echo.rs >/dev/null \
  && touch src/lib.rs \
- && cargo build --locked --release --target "$(rustc -vV | sed -n 's/^host: //p')"
+ && cargo build --locked --profile "$BUILD_PROFILE" --target "$(rustc -vV | sed -n 's/^host: //p')"
 COPY src src
 # Newer than what was built around the empty program, whatever the times in the build context.
 RUN touch src/main.rs src/lib.rs \
  && host=$(rustc -vV | sed -n 's/^host: //p') \
- && cargo build --locked --release --target "$host" --bin echoscope \
- && cp "target/$host/release/echoscope" /echoscope
+ && cargo build --locked --profile "$BUILD_PROFILE" --target "$host" --bin echoscope \
+ && cp "target/$host/$BUILD_PROFILE/echoscope" /echoscope
 
 FROM scratch
 ARG VERSION=0.1.0

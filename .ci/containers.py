@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -127,6 +128,23 @@ def image():
     if ours != ["echoscope"]:
         fail("the image holds", ours)
     say(f"image: {megabytes:.1f} MB, one file, user {config['User']}")
+
+
+def changed_source():
+    """Of a source that has changed, only the crate is built: seen by one that cannot be."""
+    with tempfile.TemporaryDirectory() as context:
+        for name in ("Dockerfile", ".dockerignore", "Cargo.toml", "Cargo.lock"):
+            shutil.copy(name, context)
+        shutil.copytree("src", f"{context}/src")
+        main = pathlib.Path(context, "src/main.rs")
+        main.write_text(main.read_text() + 'compile_error!("this has changed");\n')
+        base = [f"--build-arg=RUST_IMAGE={ENV['RUST_IMAGE']}"] if ENV.get("RUST_IMAGE") else []
+        done = subprocess.run(["docker", "build", "--force-rm", *base, context], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200)
+    # It may be coloured.
+    built = set(re.findall(r"Compiling(?:\x1b\[[0-9;]*m)* (\S+)", done.stdout))
+    if done.returncode == 0 or "this has changed" not in done.stdout or built != {"echoscope"}:
+        fail("a change of the source builds", built, done.stdout[-4000:])
+    say("a change of the source builds the crate and nothing that it stands on")
 
 
 # The stack
@@ -465,6 +483,7 @@ def main():
         if sorted(there := compose("config", "--profiles").split()) != sorted(PROFILES):
             fail("the compose file has the profiles", there, "and here are", PROFILES)
         image()
+        changed_source()
         start()
         for service in ("server", "client", "watch"):
             hardened(service)
