@@ -96,9 +96,10 @@ impl Handshakes {
         request.cookie
     }
 
-    /// Whether there is one between these addresses.
+    /// Whether there is one between these addresses, or was a moment ago.
     pub(super) fn has(&self, flow: &Flow) -> bool {
-        self.requests.contains_key(&key(flow))
+        let flow = key(flow);
+        self.requests.contains_key(&flow) || self.completed.iter().any(|(other, ..)| *other == flow)
     }
 
     /// The third segment is in, and a socket made. Two segments at once may make two of one request, of which one is thrown
@@ -109,7 +110,8 @@ impl Handshakes {
         }
         let flow = key(flow);
         let request = self.requests.remove(&flow).or_else(|| {
-            let sibling = self.completed.iter().find(|(other, ..)| *other == flow);
+            let sibling =
+                self.completed.iter().find(|(other, then, _)| *other == flow && at.saturating_sub(*then) < SETTLED);
             // What was sent again is told once.
             sibling.and_then(|(.., request)| *request).map(|request| Request { retransmits: 0, ..request })
         });

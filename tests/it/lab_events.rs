@@ -78,9 +78,12 @@ fn whatever_the_lab_tells_was_done() {
 #[test]
 #[ignore = "needs root: tracefs, CAP_BPF and CAP_PERFMON"]
 fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
-    // Where the kernel does not announce all (docs/ebpf.md, Losses), once more: this is about what it says.
+    // Where the kernel does not announce all (docs/ebpf.md, Losses), once more: this is about what it says. That a segment sent
+    // again went unheard shows nowhere else: no state depends on it.
+    let sent_again: BTreeSet<Resent> = RESENT.iter().copied().map(owned).collect();
     let mut plays = (0..3).map(|_| play("ebpf"));
-    let whole = plays.find(|play| said_lost(&play.lines) == 0).expect("a play of which nothing was lost");
+    let whole = plays.find(|play| said_lost(&play.lines) == 0 && resent(&play.lines).is_superset(&sent_again));
+    let whole = whole.expect("a play of which nothing was lost");
     let lines = told_was_done(whole, UNKNOWN_TO_ALL);
     for told in told(&lines).iter().filter(|told| told.ports.1 != 0) {
         let by_others: Vec<_> = told.steps.iter().filter(|said| said.evidence != "tracepoint").collect();
@@ -89,7 +92,6 @@ fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
     let expected = ENDS.iter().map(|(name, ends)| (*name, ends.iter().map(|end| (*end).to_owned()).collect()));
     assert_eq!(ends(&lines), expected.collect());
     let resent = resent(&lines);
-    assert!(resent.is_superset(&RESENT.iter().copied().map(owned).collect()), "{resent:?}");
     assert!(resent.iter().all(|(name, ..)| *name != "handshake-and-four-way-close"), "{resent:?}");
 }
 
