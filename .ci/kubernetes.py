@@ -376,8 +376,8 @@ def check_compose(path, like, program):
         fault(path, "has more than services at its top:", sorted(document))
     ours = document["services"]["echoscope"]
     for key, value in other["x-echoscope"].items():
-        # How it is built, and how many closed connections it follows, are no hardening.
-        if key not in ("image", "build", "environment", "stop_grace_period") and ours.get(key) != value:
+        # Where its image comes from, and how many closed connections it follows, are no hardening.
+        if key not in ("image", "pull_policy", "environment", "stop_grace_period") and ours.get(key) != value:
             fault(path, f"{key} is {ours.get(key)!r}, not {value!r} as in {like}")
     owner = ours.get("network_mode", "").removeprefix("service:")
     if owner not in document["services"] or owner == "echoscope":
