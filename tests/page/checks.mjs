@@ -56,12 +56,21 @@ export async function countsAreTheApis(browser, binary) {
   await page.waitForFunction(() => document.querySelector('#facts-told .meaning')?.textContent.includes('our application has not'));
   assert((await page.textContent('#facts-told')).includes('What piles it up'), 'what piles it up');
   assert((await page.textContent('#facts-now')).includes('server 5, the oldest for'), await page.textContent('#facts-now'));
-  await page.locator('#lives li', { hasText: 'CLOSE_WAIT' }).first().click();
-  await page.waitForSelector('#ladder-drawing svg');
+  // Of one of them at least each step was told of: a kernel may hide some (docs/ebpf.md, Losses).
+  const waiting = page.locator('#lives li', { hasText: 'CLOSE_WAIT' });
+  let told = [];
+  await until('one end’s states', async () => {
+    for (let i = 0; i < await waiting.count(); i++) {
+      await waiting.nth(i).click();
+      await page.waitForSelector('#ladder-drawing svg');
+      told = await steps(page, 'server');
+      if (told.join() === 'LISTEN,SYN_RECV,ESTABLISHED,CLOSE_WAIT') return true;
+    }
+    return false;
+  }).catch((error) => { throw new Error(`${error.message}: ${told}`); });
   assert((await text(page, '#ladder-drawing .role')).join() === 'client,server', 'both lines are drawn');
   assert(await page.locator('#ladder-drawing .life.unseen').count() === 1, 'the other end is grey');
   assert((await page.textContent('#ladder-notes')).includes('One end only'), 'and it is said');
-  assert((await steps(page, 'server')).join() === 'LISTEN,SYN_RECV,ESTABLISHED,CLOSE_WAIT', 'one end’s states');
   await until('an old CLOSE_WAIT to be a warning', async () => {
     // A minute is long: what the page makes of an old one is what is looked at.
     await page.evaluate(async () => {
