@@ -115,8 +115,11 @@ impl Lives {
                 let Some(living) = self.of(event, state, tell) else { return };
                 living.ending = None;
                 let is_orphan = state == State::FinWait2 && living.mini != Some(state);
+                // Before the last FIN of the two is in, the other end has acknowledged ours (FIN_WAIT2) or not (CLOSING).
+                let went_unheard = !matches!(living.life.state(), State::FinWait2 | State::Closing | State::TimeWait);
                 living.mini = Some(state);
                 living.observe(event.at, state, None, tell);
+                self.gaps += u64::from(went_unheard);
                 if is_orphan {
                     self.orphans.push_back(event.cookie);
                 }
@@ -562,7 +565,9 @@ impl Living {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use State::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait};
+    use State::{
+        Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent, TimeWait,
+    };
 
     const fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
@@ -719,6 +724,22 @@ mod tests {
         });
         assert_eq!(steps, [(CloseWait, Evidence::Inferred, None), (LastAck, Evidence::Tracepoint, None)]);
         assert_eq!((lives.take_gaps(), lives.take_gaps()), (1, 0));
+    }
+
+    #[test]
+    fn time_wait_without_the_state_before_it_is_a_gap() {
+        for (before, gaps) in [(vec![], 1), (vec![FinWait2], 0), (vec![Closing], 0)] {
+            let mut lives = lives(true);
+            let mut states = vec![Close, SynSent, Established, FinWait1];
+            states.extend(before);
+            for pair in states.windows(2) {
+                hear(&mut lives, &[changed(1, 1, pair[0], pair[1])]);
+            }
+            let armed = |at| event(1, at, flow(false, 40_000), Kind::Armed(TimeWait));
+            // Also when its clock starts anew.
+            hear(&mut lives, &[armed(5), changed(1, 5, *states.last().unwrap(), Close), armed(9)]);
+            assert_eq!(lives.take_gaps(), gaps, "{states:?}");
+        }
     }
 
     #[test]
