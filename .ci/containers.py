@@ -259,9 +259,8 @@ def chosen(dashboard):
     for name in ("job", "instance"):
         variable = next(v for v in dashboard["templating"]["list"] if v["name"] == name)
         metric = re.fullmatch(rf"label_values\((.*), {name}\)", variable["query"]["query"])[1]
-        for other, value in values.items():
-            metric = metric.replace(other, value)
-        offered = sorted({series[name] for series in ask("series", **{"match[]": metric, "start": time.time() - 30})})
+        series = ask("series", **{"match[]": substituted(metric, values), "start": time.time() - 30})
+        offered = sorted({s[name] for s in series})
         values[f"${name}"] = variable.get("allValue") or "|".join(offered)
     return values
 
@@ -316,11 +315,12 @@ def every_panel():
     each = [len(panel["targets"]) for _, panel, _ in panels()]
     say(f"{sum(each)} queries of {len(each)} panels return numbers, their legends' labels exist ({took:.0f} s)")
     for _, dashboard in dashboards():
+        choice = chosen(dashboard)
         for variable in dashboard["templating"]["list"]:
             if variable["type"] != "query":
                 continue
             metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
-            series = ask("series", **{"match[]": substituted(metric, chosen(dashboard))})
+            series = ask("series", **{"match[]": substituted(metric, choice)})
             if not {s.get(label) for s in series} - {None}:
                 fail(f"the variable {variable['name']} has no values")
 

@@ -115,7 +115,7 @@ impl Lives {
                 let Some(living) = self.of(event, state, tell) else { return };
                 living.ending = None;
                 let is_orphan = state == State::FinWait2 && living.mini != Some(state);
-                // Before the last FIN of the two is in, the other end has acknowledged ours (FIN_WAIT2) or not (CLOSING).
+                // A minisocket goes on in FIN_WAIT2's place, in CLOSING's, or is there: out of any other the step between is missing.
                 let went_unheard = !matches!(living.life.state(), State::FinWait2 | State::Closing | State::TimeWait);
                 living.mini = Some(state);
                 living.observe(event.at, state, None, tell);

@@ -1,18 +1,14 @@
 //! What the compose file and the files that its services mount say of each other.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_yaml_ng::Value;
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
+use crate::support::{file, root};
 
 fn yaml(path: &str) -> Value {
-    let text = fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
-    let mut value: Value = serde_yaml_ng::from_str(&text).unwrap_or_else(|e| panic!("{path}: {e}"));
+    let mut value: Value = serde_yaml_ng::from_str(&file(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
     value.apply_merge().unwrap();
     value
 }
@@ -94,7 +90,7 @@ fn prometheus_scrapes_services_that_are_there_and_finds_its_files() {
         for target in job["static_configs"].as_sequence().into_iter().flatten().flat_map(|c| strings(&c["targets"])) {
             let (name, port) = target.split_once(':').unwrap();
             if name == "localhost" {
-                assert!(services["prometheus"]["ports"][0].as_str().unwrap().ends_with(&format!(":{port}")));
+                assert!(prometheus["ports"][0].as_str().unwrap().ends_with(&format!(":{port}")));
                 continue;
             }
             // One that lives in another's network has the other's name.

@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
 
 use promql_parser::label::MatchOp;
 use promql_parser::parser::{self, Expr, LabelModifier, VectorSelector};
 use promql_parser::util::{ExprVisitor, walk_expr};
 use serde_json::Value;
 
-use crate::support::{Echoscope, get, until};
+use crate::support::{Echoscope, file, get, root, until};
 
 /// The labels that Prometheus adds to whatever it scrapes.
 const ADDED: [&str; 2] = ["job", "instance"];
@@ -176,12 +175,8 @@ impl Names {
     }
 }
 
-fn file(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
-}
-
 fn files(directory: &str, extension: &str) -> Vec<String> {
-    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(directory)).unwrap();
+    let entries = fs::read_dir(root().join(directory)).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut found: Vec<String> =
         names.filter(|name| name.ends_with(extension)).map(|n| format!("{directory}/{n}")).collect();

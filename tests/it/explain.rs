@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use echoscope::explain::{CLIENT, FACTS, Query, SERVER, facts};
 use echoscope::tcp::{ARROWS, State};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
+
+use crate::support::file;
 
 /// No line for a terminal is longer.
 const WIDTH: usize = 100;
@@ -32,10 +33,6 @@ fn printed(arguments: &[&str]) -> String {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success() && said.is_empty(), "{arguments:?}: {} {said}", out.status);
     String::from_utf8(out.stdout).expect("text")
-}
-
-fn file(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
 // ---- The table ----

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::root;
+
 /// The floor of each module at the top of src/; what is not listed fails the test.
 const FLOORS: &[(&str, u8)] = &[
     ("main", 4),
@@ -51,7 +53,7 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
 
 #[test]
 fn imports_only_go_down() {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let src = root().join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
     let mut checked = 0;
@@ -91,7 +93,7 @@ fn imports_only_go_down() {
 
 #[test]
 fn unsafe_is_said_in_the_kernel_floor_only() {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let src = root().join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
     for file in files {

@@ -83,7 +83,7 @@ fn by_the_kernels_word_the_lab_tells_all_that_was_done() {
     let sent_again: BTreeSet<Resent> = RESENT.iter().copied().map(owned).collect();
     let mut plays = (0..3).map(|_| play("ebpf"));
     let whole = plays.find(|play| said_lost(&play.lines) == 0 && resent(&play.lines).is_superset(&sent_again));
-    let whole = whole.expect("a play of which nothing was lost");
+    let whole = whole.expect("a play of which nothing was lost, and which tells all that was sent again");
     let lines = told_was_done(whole, UNKNOWN_TO_ALL);
     for told in told(&lines).iter().filter(|told| told.ports.1 != 0) {
         let by_others: Vec<_> = told.steps.iter().filter(|said| said.evidence != "tracepoint").collect();

@@ -2,8 +2,10 @@
 //! deadline that only a failure reaches.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -42,6 +44,16 @@ pub struct Echoscope {
 struct Log {
     lines: Mutex<(Vec<Value>, bool)>,
     more: Condvar,
+}
+
+/// Where this project's files are.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What is in one of them.
+pub fn file(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
 /// A port that no socket has or had, not even a TIME_WAIT: the kernel does not hand these out by itself, so that the counts on it are the
